@@ -257,8 +257,8 @@ def poisson_noise(image: np.ndarray, scale: float, rng: np.random.Generator, *, 
     distinct = np.count_nonzero(np.bincount(pixels.ravel(), minlength=256))
     levels = 2 ** math.ceil(math.log2(distinct))
     table = poisson_table(levels)
-    column = rng.integers(table.shape[1], size=pixels.shape, dtype=np.int32)
-    counts = table.ravel()[pixels * np.int32(table.shape[1]) + column]
+    column = rng.integers(table.shape[1], size=pixels.shape, dtype=np.uint16)
+    counts = table.ravel().take(pixels * np.int32(table.shape[1]) + column)
     return counts * np.float32(scale / levels) - pixels * np.float32(scale / 255)
 
 # %% ../notebooks/02_degradation.ipynb #21aaea2b
@@ -480,7 +480,7 @@ def esrgan_blur(image: np.ndarray, rng: np.random.Generator, stage: ESRGANStage)
     return correlate(image, kernel)
 
 
-def esrgan_resize(image: np.ndarray, base: tuple[float, float], rng: np.random.Generator, stage: ESRGANStage) -> np.ndarray:
+def esrgan_resize(image: np.ndarray, base: Range, rng: np.random.Generator, stage: ESRGANStage) -> np.ndarray:
     """Resize to `base` (height, width) times a random factor, with a random one of three methods."""
     direction = rng.choice(3, p=stage.resize_probability)
     factor = rng.uniform(*(stage.enlarge, stage.shrink, (1.0, 1.0))[direction])

@@ -49,7 +49,7 @@ PRESETS = ("tiny", "classroom", "paper")
 
 # %% ../notebooks/10_model.ipynb #e8f57390
 def preset(name: str) -> ModelConfig:
-    """The settings "tiny" (tests, milliseconds), "classroom" (lessons, the committed weights) or "paper" (published)."""
+    """The settings "tiny" (for tests), "classroom" (lessons, the committed weights) or "paper" (as published)."""
     makers = {"tiny": tiny, "classroom": classroom, "paper": paper}
     if name not in makers:
         raise ValueError(f"no preset {name!r}; allowed: {', '.join(PRESETS)}")
@@ -81,10 +81,9 @@ def classroom() -> ModelConfig:
 
 def paper() -> ModelConfig:
     """The published networks, exactly. 1.2 billion parameters; build it on the device "meta" to look at it."""
-    recognizer, tdm = RecognizerConfig.paper(), PublishedTDMConfig()
-    return ModelConfig(
-        "paper", (128, 512), "paper", VAEConfig.paper(), recognizer, IDMConfig.paper(), tdm, PublishedMoMConfig(), steps=200
-    )
+    vae, recognizer, idm = VAEConfig.paper(), RecognizerConfig.paper(), IDMConfig.paper()
+    tdm, mom = PublishedTDMConfig(), PublishedMoMConfig()
+    return ModelConfig("paper", (128, 512), "paper", vae, recognizer, idm, tdm, mom, steps=200)
 
 # %% ../notebooks/10_model.ipynb #56fd77ca
 def from_plain(kind: type, value):
@@ -168,7 +167,7 @@ def fill_network(network: nn.Module, tensors: dict[str, Tensor], file: Path) -> 
     shapes = [key for key in tensors if key in own and tensors[key].shape != own[key].shape]
     for keys, problem in ((missing, "lacks"), (unknown, "has an unknown"), (shapes, "has another shape of")):
         if keys:
-            raise ValueError(f"{file}: {problem} {keys[0]!r} ({len(keys)} such keys): the file and {CONFIG} do not match")
+            raise ValueError(f"{file}: {problem} {keys[0]!r} ({len(keys)} such keys); it does not belong to {CONFIG}")
     network.load_state_dict(tensors, strict=False)
 
 

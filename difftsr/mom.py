@@ -180,8 +180,8 @@ class MoMStage:
     def losses(self, model: nn.Module, batch: dict, generator: torch.Generator) -> Iterator[tuple[Tensor, str, dict]]:
         """L_IDM + lambda L_TDM at one t. MoM sees the noised text and the real reading, never the label."""
         idm, tdm = model.idm, model.tdm
-        tokens, reading = batch["tokens"], look_at(model, batch)
-        z_hr, z_lr = latents(model.vae, batch)
+        tokens, (z_hr, z_lr) = batch["tokens"], latents(model.vae, batch)
+        reading, _ = look_at(model, {**batch, "z_lr": z_lr})
         t = spread_times(len(tokens), idm.diffusion.timesteps, generator).to(z_hr.device)
         noise = torch.randn(z_hr.shape, generator=generator, device=generator.device).to(z_hr)
         z_t = idm.diffusion.q_sample(z_hr, t, noise)

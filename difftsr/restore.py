@@ -6,8 +6,8 @@ __all__ = ['SUFFIXES', 'RATIO', 'MIN_SIDE', 'to_rgb', 'check_size', 'load_image'
            'write_atomically', 'save_restoration', 'restore_files', 'main', 'check_settings']
 
 # %% ../notebooks/12_restore.ipynb #fb234d2a
+import io
 import json
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -24,14 +24,14 @@ from tqdm import tqdm
 from .degradation import to_canvas
 from .model import DiffTSR
 from .sampling import Mode, Sample, Step, sample, timesteps
-from .text_lines import PAD
+from .text_lines import PAD, UNK
 
 # %% ../notebooks/12_restore.ipynb #a6796925
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 RATIO = (1, 8)  # width / height of a line that the networks have seen
 MIN_SIDE = 4  # pixels
 
-# %% ../notebooks/12_restore.ipynb #9ebea4b5
+# %% ../notebooks/12_restore.ipynb #dc429321
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL image as 8-bit RGB: camera rotation applied, transparency over white, 16 bits scaled down to 8."""
     image = ImageOps.exif_transpose(image)
@@ -39,7 +39,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image, dtype=np.float64)
         top = 65535.0 if image.mode.startswith("I") else max(1.0, grey.max())
         image = Image.fromarray(np.clip(np.rint(grey / top * 255), 0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
@@ -125,7 +125,7 @@ def legibility(model: DiffTSR, images: Tensor, tokens: Tensor) -> Tensor:
     with torch.no_grad():
         log_probs = model.recognizer(images, tokens).log_softmax(-1)  # (B, 24, K)
     per_character = log_probs.gather(-1, tokens[..., None])[..., 0]
-    used = (tokens != PAD).float()
+    used = (tokens > UNK).float()
     return (per_character * used).sum(1) / used.sum(1).clamp(min=1)
 
 
@@ -137,16 +137,19 @@ def restore_batch(
     mode: Mode = "full",
     seed: int = 0,
     candidates: int = 1,
-    text: str | Sequence[str] | None = None,
+    text: Sequence[str] | None = None,
     height: int = 128,
     trace: bool = False,
     **settings,
 ) -> list[Restoration]:
-    """Restore several lines in one batch; every line gets what `restore` would give it alone."""
+    """Restore several lines in one batch; `text` is a list, one known text per line. Settings as in `restore`.
+
+    Every line gets what `restore` would give it alone, up to the rounding of batched arithmetic.
+    """
     if candidates < 1:
         raise ValueError(f"candidates must be at least 1, not {candidates}")
-    if isinstance(text, str):
-        text = [text] * len(images)
+    if not len(images):
+        return []
     arrays = [as_array(image) for image in images]
     device = next(model.parameters()).device
     lr = torch.stack([line_to_canvas(a, tuple(model.config.image_size)) for a in arrays]).to(device)
@@ -159,10 +162,13 @@ def restore_batch(
     if candidates > 1:
         scores = torch.stack([legibility(model, trial.image, trial.tokens) for trial in trials])
         best = scores.argmax(0).tolist()
-    return [
+    results = [
         to_restoration(model, trials[k], i, a.shape[1] / a.shape[0], height=height, seed=seed + k)
         for i, (k, a) in enumerate(zip(best, arrays))
     ]
+    for result, known in zip(results, text or []):
+        result.text = known  # with the characters that the alphabet lacks
+    return results
 
 
 def to_restoration(
@@ -260,7 +266,7 @@ def save_restoration(restoration: Restoration, output: Path, stem: str, **about)
 def restore_files(model: DiffTSR, config: RestoreConfig) -> int:
     """Restore every image of the command line; return how many failed, each with one line on stderr."""
     failures, written = 0, {}
-    progress = tqdm(find_images(config.images), desc="restoring", unit="line")
+    progress = tqdm(find_images(config.images), desc="restoring", unit="line", disable=None)  # silent in a pipe
     for path in progress:
         try:
             target = (config.output / f"{path.stem}.png").resolve()
@@ -290,9 +296,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model = DiffTSR.from_pretrained(config.weights, device=device)
         check_settings(model, config)
         config.output.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if model.untrained:
+        print(f"note: these weights have untrained networks: {', '.join(model.untrained)}", file=sys.stderr)
     return 2 if restore_files(model, config) else 0
 
 
@@ -300,6 +308,8 @@ def check_settings(model: DiffTSR, config: RestoreConfig) -> None:
     """What is wrong for every image is said once, before the first: a `ValueError` that says what is allowed."""
     if config.steps is not None:
         timesteps(config.steps, len(model.idm.diffusion.alpha_bar))
+    if config.mode == "no-text" and config.text is not None:
+        raise ValueError("--mode no-text uses no text: leave --text out, or choose another mode")
     if config.candidates < 1:
         raise ValueError(f"--candidates must be at least 1, not {config.candidates}")
     if config.text is not None:

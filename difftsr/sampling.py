@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .model import DiffTSR
 from .recognizer import Reading
-from .tdm import top_reading
+from .tdm import TDM, top_reading
 from .text_lines import PAD
 
 # %% ../notebooks/11_ddim.ipynb #164ec948
@@ -65,7 +65,7 @@ def reference_timesteps(steps: int, total: int = 1000) -> list[int]:
         raise ValueError(f"steps must lie in 1..{total}, not {steps}")
     times = [t + 1 for t in range(0, total, total // steps)]
     if times[-1] >= total:
-        raise ValueError(f"{steps} steps end at time {times[-1]} of {total}: the released spacing cannot do this number")
+        raise ValueError(f"the released spacing cannot do {steps} steps: they would begin at time {times[-1]} of {total}")
     return times[::-1]
 
 # %% ../notebooks/11_ddim.ipynb #736d4ebc
@@ -74,8 +74,8 @@ def dpm_solver_2m(
 ) -> Tensor:
     """One step t -> s of DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), a deterministic solver of second order.
 
-    z_s = sigma_s / sigma_t z_t - sqrt(abar_s) (exp(-h) - 1) D, with lambda = log(sqrt(abar) / sigma), h = lambda_s - lambda_t,
-    and D = z0 + (z0 - z0') / (2 r), which extends the line through the last two estimates of the clean latent:
+    z_s = sigma_s / sigma_t z_t - sqrt(abar_s) (exp(-h) - 1) D, with lambda = log(sqrt(abar) / sigma),
+    h = lambda_s - lambda_t, and D = z0 + (z0 - z0') / (2 r), which extends the line through the last two estimates of the clean latent:
     `previous` = (u, z0') is the time and the estimate of the step before this one, r = (lambda_t - lambda_u) / h.
     Without `previous`, on the step out of pure noise and on the last one the step is of first order, which is DDIM.
     """
@@ -232,14 +232,20 @@ def sample(
     """
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, not {mode!r}")
+    if mode == "no-text" and text is not None:
+        raise ValueError("mode 'no-text' uses no text: leave the text out, or choose another mode")
+    if mode == "full" and not isinstance(model.tdm, TDM):
+        raise ValueError("mode 'full' is for our own text diffusion; the published networks have `reference_sample`")
+    if solver not in ("ddim", "dpm") or (solver == "dpm" and eta):
+        raise ValueError("solver must be 'ddim' or 'dpm', and 'dpm' has no eta")
     if start not in ("noise", "lr") or not 0 < strength <= 1:
         raise ValueError("start must be 'noise' or 'lr', and strength must lie in (0, 1]")
     batch, device, alpha_bar = len(lr), lr.device, model.idm.diffusion.alpha_bar.cpu()
-    seeds = [seed] * batch if isinstance(seed, int) else list(seed)
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * batch
     if len(seeds) != batch:
         raise ValueError(f"{len(seeds)} seeds for {batch} lines: give one seed, or one per line")
     total = len(alpha_bar) if start == "noise" else max(1, round(strength * len(alpha_bar)))
-    times = timesteps(steps or model.config.steps, total)
+    times = timesteps(model.config.steps if steps is None else steps, total)
 
     noise = LineNoise(seeds, device)
     z_lr = model.vae.to_latent(lr)  # (B, C, h, w)

@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['LOG_ZERO', 'log_one_hot', 'log_one_minus_exp', 'normalise', 'cosine_alphas', 'MultinomialDiffusion', 'categorical_kl',
-           'ImportanceSampler', 'sinusoid', 'Attention', 'TDMConfig', 'TDMLayer', 'Denoiser', 'top_reading', 'TDM',
-           'place_code', 'PublishedTDMConfig', 'LinearAttention', 'linear_attention', 'PreNorm', 'FeedForward',
-           'PublishedLayer', 'AxialPositions', 'PublishedTDM', 'look_at', 'train_only', 'accuracy_by_third',
+           'sinusoid', 'Attention', 'TDMConfig', 'TDMLayer', 'Denoiser', 'top_reading', 'TDM', 'place_code',
+           'PublishedTDMConfig', 'LinearAttention', 'linear_attention', 'PreNorm', 'FeedForward', 'PublishedLayer',
+           'AxialPositions', 'PublishedTDM', 'ImportanceSampler', 'look_at', 'train_only', 'accuracy_by_third',
            'TDMTraining', 'TDMStage']
 
 # %% ../notebooks/08_tdm.ipynb #6ef069cc
@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .idm import MIX, Mix, latents, similar_glyphs, spread_times, text_conditions
+from .idm import MIX, Mix, similar_glyphs, spread_times, text_conditions
 from .recognizer import CharacterEmbedding, Reading, TiedClassifier
 from .text_lines import PAD
+from .unet import DistanceBias, column_centers
 
 # %% ../notebooks/08_tdm.ipynb #05e71895
 LOG_ZERO = math.log(1e-30)  # the logarithm that stands for probability 0
@@ -111,9 +112,7 @@ class MultinomialDiffusion:
         keep = self._log_alpha_bar_at(t).exp().float().to(tokens.device)
         return torch.where(coin < keep.view(-1, 1), tokens, die)
 
-    def posterior(
-        self, log_x0: Tensor, log_x_t: Tensor, t: Tensor | int, s: Tensor | int | None = None
-    ) -> Tensor:
+    def posterior(self, log_x0: Tensor, log_x_t: Tensor, t: Tensor | int, s: Tensor | int | None = None) -> Tensor:
         """ln q(c_s | c_t, c_0), by default for s = t - 1 (the *plug-in* posterior when `log_x0` is a prediction).
 
         Exact for a known c_0. For a predicted distribution it is right only if the network was trained through it.
@@ -157,37 +156,6 @@ def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) in nats over the classes: (B, K, n) twice -> (B, n)."""
     return (log_p.exp() * (log_p - log_q)).sum(dim=1)
 
-# %% ../notebooks/08_tdm.ipynb #7d296090
-class ImportanceSampler:
-    """Draws t more often where the bound is large (Nichol & Dhariwal 2021, as in the released code).
-
-    Uniform until every t was seen more than ten times; then p_t is proportional to sqrt(E[L_t^2]).
-    """
-
-    def __init__(self, timesteps: int) -> None:
-        self.history = torch.zeros(timesteps)  # running mean of L_t squared
-        self.count = torch.zeros(timesteps)
-
-    def probabilities(self) -> Tensor:
-        """p_t of the importance distribution, whatever the counts: (T,)."""
-        root = torch.sqrt(self.history + 1e-10) + 1e-4
-        root[0] = root[1]  # t = 0 is a likelihood, not a KL: it takes its neighbour's weight
-        return root / root.sum()
-
-    def draw(self, batch: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """t (batch,) and its probability p_t (batch,), on the CPU."""
-        ready = bool((self.count > 10).all())
-        p = self.probabilities() if ready else torch.full_like(self.history, 1 / len(self.history))
-        on = p if generator is None else p.to(generator.device)
-        t = torch.multinomial(on, batch, replacement=True, generator=generator).cpu()
-        return t, p[t]
-
-    def update(self, t: Tensor, bound_term: Tensor) -> None:
-        """Remember the bound terms L_t (B,) that were just computed."""
-        t, value = t.cpu(), bound_term.detach().float().cpu() ** 2
-        self.history[t] = 0.1 * value + 0.9 * self.history[t]
-        self.count += torch.bincount(t, minlength=len(self.count))
-
 # %% ../notebooks/08_tdm.ipynb #f44a13a9
 def sinusoid(x: Tensor, dim: int) -> Tensor:
     """Sine, then cosine of x at dim/2 frequencies from 1 to 1/10000: (...,) -> (..., dim)."""
@@ -206,15 +174,15 @@ class Attention(nn.Module):
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         self.to_out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, source: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         source = x if source is None else source
         q, k, v = self.to_q(x), self.to_k(source), self.to_v(source)
         q, k, v = (rearrange(u, "b n (h e) -> b h n e", h=self.heads) for u in (q, k, v))
-        return self.to_out(rearrange(self.mix(q, k, v), "b h n e -> b n (h e)"))
+        return self.to_out(rearrange(self.mix(q, k, v, bias), "b h n e -> b n (h e)"))
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The values (B, h, m, e) as each query (B, h, n, e) weighs them."""
-        return F.scaled_dot_product_attention(q, k, v)
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The values (B, h, m, e) as each query (B, h, n, e) weighs them; `bias` (B, h, n, m) is added to the scores."""
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 # %% ../notebooks/08_tdm.ipynb #3dfd1515
 @dataclass
@@ -236,21 +204,22 @@ class TDMConfig:
 
 
 class TDMLayer(nn.Module):
-    """Pre-norm self attention, attention to the image columns, feed-forward."""
+    """Pre-norm self attention, attention to the image columns (the near ones first), feed-forward."""
 
     def __init__(self, dim: int, heads: int, feed_forward: int) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
         self.self_attention, self.image_attention = Attention(dim, heads), Attention(dim, heads)
+        self.distance = DistanceBias(heads)
         self.feed_forward = nn.Sequential(
             nn.Linear(dim, feed_forward * dim), nn.GELU(), nn.Linear(feed_forward * dim, dim)
         )
         for last in (self.self_attention.to_out, self.image_attention.to_out, self.feed_forward[-1]):
             nn.init.zeros_(last.weight)  # a new layer changes nothing
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, columns: Tensor, centers: Tensor) -> Tensor:
         x = x + self.self_attention(self.norms[0](x))
-        x = x + self.image_attention(self.norms[1](x), context)
+        x = x + self.image_attention(self.norms[1](x), context, self.distance(columns, centers).mT.to(x.dtype))
         return x + self.feed_forward(self.norms[2](x))
 
 # %% ../notebooks/08_tdm.ipynb #7b69d412
@@ -348,8 +317,7 @@ class TDM(Denoiser):
     def context(self, features: Tensor | None, z_lr: Tensor | None, residual: Tensor | None = None) -> Tensor:
         """Image tokens (B, columns, d) with their position codes, plus what MoM adds (B, columns, d)."""
         tokens = self.columns(features, z_lr)
-        middle = (torch.arange(self.config.columns, device=tokens.device) + 0.5) / self.config.columns
-        tokens = tokens + self.place(place_code(middle, self.config.dim))
+        tokens = tokens + self.place(place_code(column_centers(1, tokens.shape[1], tokens.device), self.config.dim))
         return tokens if residual is None else tokens + residual
 
     def forward(self, c_t: Tensor, t: Tensor, context: Tensor, reading: Reading | None = None) -> Tensor:
@@ -360,8 +328,9 @@ class TDM(Denoiser):
         time = self.time(sinusoid(t / self.config.timesteps * 1000, self.config.dim))
         x = self.widen(self.characters(c_t) + soft) + self.confidence(reading.confidence[..., None])
         x = x + self.positions + time[:, None] + known * self.place(place_code(reading.centers, self.config.dim))
+        columns = column_centers(1, context.shape[1], context.device)
         for layer in self.layers:
-            x = layer(x, context)
+            x = layer(x, context, columns, reading.centers)
         return self.classifier(self.norm(x), self.characters.weight).mT
 
 
@@ -392,7 +361,7 @@ class LinearAttention(Attention):
         super().__init__(dim, heads)
         self.local_heads, self.window = local_heads, window
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, bias: None = None) -> Tensor:
         cut = self.local_heads
         linear = linear_attention(q[:, cut:], k[:, cut:], v[:, cut:])
         if not cut:
@@ -503,17 +472,50 @@ class PublishedTDM(Denoiser):
                 hidden = layer(hidden + time[..., i, j], context)
         return self.rezero["alpha"] * net["out"](net["norm"](hidden)).mT
 
+# %% ../notebooks/08_tdm.ipynb #7d296090
+class ImportanceSampler:
+    """Draws t more often where the bound is large (Nichol & Dhariwal 2021, as in the released code).
+
+    Uniform until every t was seen more than ten times; then p_t is proportional to sqrt(E[L_t^2]).
+    """
+
+    def __init__(self, timesteps: int) -> None:
+        self.history = torch.zeros(timesteps)  # running mean of L_t squared
+        self.count = torch.zeros(timesteps)
+
+    def probabilities(self) -> Tensor:
+        """p_t of the importance distribution, whatever the counts: (T,)."""
+        root = torch.sqrt(self.history + 1e-10) + 1e-4
+        root[0] = root[1]  # t = 0 is a likelihood, not a KL: it takes its neighbour's weight
+        return root / root.sum()
+
+    def draw(self, batch: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """t (batch,) and its probability p_t (batch,), on the CPU."""
+        ready = bool((self.count > 10).all())
+        p = self.probabilities() if ready else torch.full_like(self.history, 1 / len(self.history))
+        on = p if generator is None else p.to(generator.device)
+        t = torch.multinomial(on, batch, replacement=True, generator=generator).cpu()
+        return t, p[t]
+
+    def update(self, t: Tensor, bound_term: Tensor) -> None:
+        """Remember the bound terms L_t (B,) that were just computed."""
+        t, value = t.cpu(), bound_term.detach().float().cpu() ** 2
+        self.history[t] = 0.1 * value + 0.9 * self.history[t]
+        self.count += torch.bincount(t, minlength=len(self.count))
+
 # %% ../notebooks/08_tdm.ipynb #8f6fbfb1
 @torch.no_grad()
-def look_at(model: nn.Module, batch: dict) -> Reading:
-    """What the reader says about the LR lines of a batch, with its feature map.
+def look_at(model: nn.Module, batch: dict) -> tuple[Reading, Tensor]:
+    """What is known of the LR lines of a batch: their reading (with the reader's feature map) and their latent z_lr.
 
-    A cached batch brings it along under "reading"; the frozen recogniser is then not asked.
+    A cached batch brings both along under "reading" and "z_lr"; the frozen networks are then not asked.
     """
-    reading = batch.get("reading")
+    reading, z_lr = batch.get("reading"), batch.get("z_lr")
     if reading is None or reading.features is None:
         reading = model.recognizer.eval().read(batch["lr"])
-    return reading
+    if z_lr is None:
+        z_lr = model.vae.eval().to_latent(batch["lr"])
+    return reading, z_lr
 
 
 def train_only(model: nn.Module, *names: str) -> None:
@@ -568,7 +570,7 @@ class TDMStage:
     def losses(self, model: nn.Module, batch: dict, generator: torch.Generator) -> Iterator[tuple[Tensor, str, dict]]:
         """One loss: the target is the true text, the conditions are what will be there at restoration time."""
         tdm, tokens = model.tdm, batch["tokens"]
-        reading, (_, z_lr) = look_at(model, batch), latents(model.vae, batch)
+        reading, z_lr = look_at(model, batch)
         asked = replace(reading, features=None)
         told = text_conditions(tokens, batch["centers"], asked, generator, self.config.text_mix, similar=self.similar)
         t, p_t = self.draw_t(len(tokens), generator)

@@ -377,8 +377,8 @@ def train_stage(config: TrainConfig, stage_name: str, model: DiffTSR | None = No
 
     parameters = {name: [p for g in opt.param_groups for p in g["params"]] for name, opt in optimizers.items()}
     say(describe(config, stage_name, model, settings, total))
-    shown, started, since = {}, time.monotonic() - seconds, 0
-    lines_at_start = step
+    shown, started, first_step = {}, time.monotonic() - seconds, step
+    first_seconds = seconds
     bar = tqdm(total=total, initial=step, desc=stage_name, unit="step", disable=not accelerator.is_main_process)
     with StopRequest() as stop, bar:
         while not stop.asked:
@@ -398,7 +398,7 @@ def train_stage(config: TrainConfig, stage_name: str, model: DiffTSR | None = No
                     if not torch.isfinite(loss):
                         torch.save(batch_for_inspection(batch), run / f"{stage_name}-bad-batch.pt")
                         raise FloatingPointError(
-                            f"{stage_name}: loss {float(loss)} at step {step}; the batch is in "
+                            f"{stage_name}: loss {loss.item()} at step {step}; the batch is in "
                             f"{run / (stage_name + '-bad-batch.pt')}"
                         )
                     accelerator.backward(loss)
@@ -412,10 +412,11 @@ def train_stage(config: TrainConfig, stage_name: str, model: DiffTSR | None = No
             bar.update()
             if step % 20 == 0 or step == total:
                 numbers = {key: float(value) for key, value in shown.items()}
-                pace = (step - lines_at_start) * batch_size * world / max(1e-9, time.monotonic() - started - since)
+                pace = (step - first_step) * batch_size * world / (time.monotonic() - started - first_seconds)
                 lines = step * batch_size * world
                 record(history, {"step": step, "seconds": round(seconds, 2), "lines": lines, **numbers})
-                bar.set_postfix({"loss": f"{numbers['loss']:.4f}", "lines/s": f"{pace:.1f}"})
+                left = {"minutes left": f"{config.minutes - seconds / 60:.1f}"} if config.minutes else {}
+                bar.set_postfix({"loss": f"{numbers['loss']:.4f}", "lines/s": f"{pace:.1f}", **left})
             if step % config.checkpoint_every == 0:
                 save()
     seconds = time.monotonic() - started

@@ -153,7 +153,7 @@ def position_code(x: Tensor, dim: int) -> Tensor:
     angles = 2 * math.pi * x[..., None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
-
+# %% ../notebooks/06_unet.ipynb #104cde34
 class TokenPositions(nn.Module):
     """Adds to every context token a learned image of the code of its centre; a centre of -1 means "nowhere"."""
 
@@ -167,7 +167,7 @@ class TokenPositions(nn.Module):
         code = torch.where((centers < 0)[..., None], self.nowhere, position_code(centers, self.dim))  # (B, n, dim)
         return context + self.proj(code.to(context.dtype))
 
-
+# %% ../notebooks/06_unet.ipynb #fc979c2c
 class DistanceBias(nn.Module):
     """A head's preference for characters nearby: -(column - centre)^2 / (2 width^2), with a learned width per head.
 
@@ -184,7 +184,7 @@ class DistanceBias(nn.Module):
         squared = offset.square().masked_fill((centers < 0)[:, None, :], 0.0)
         return -0.5 * squared[:, None] / (2 * self.log_width).exp()[:, None, None]  # (B, heads, m, n)
 
-# %% ../notebooks/06_unet.ipynb #f5a6795b
+# %% ../notebooks/06_unet.ipynb #cc557b93
 class BasicTransformerBlock(nn.Module):
     """Self-attention, cross-attention to the text, feed-forward; each on normalised tokens, each added."""
 
@@ -204,7 +204,7 @@ class BasicTransformerBlock(nn.Module):
         u = u + self.attn2(self.norm2(u), context, bias)
         return u + self.ff(self.norm3(u))
 
-
+# %% ../notebooks/06_unet.ipynb #b161c8e1
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the positions of a map, which read the text: (B, d, H, W) -> the same shape.
 
@@ -274,7 +274,7 @@ class ConditionedSequential(nn.Sequential):
             x = checkpoint(layer, x, *extra, use_reentrant=False) if recompute and extra else layer(x, *extra)
         return x
 
-
+# %% ../notebooks/06_unet.ipynb #2b0f4f9e
 class UNet(nn.Module):
     """The U-Net with spatial transformers (Rombach et al. 2022) that IDM and MoM use.
 

@@ -608,8 +608,8 @@ def poisson_noise(image: np.ndarray, scale: float, rng: np.random.Generator, *, 
     distinct = np.count_nonzero(np.bincount(pixels.ravel(), minlength=256))
     levels = 2 ** math.ceil(math.log2(distinct))
     table = poisson_table(levels)
-    column = rng.integers(table.shape[1], size=pixels.shape, dtype=np.int32)
-    counts = table.ravel()[pixels * np.int32(table.shape[1]) + column]
+    column = rng.integers(table.shape[1], size=pixels.shape, dtype=np.uint16)
+    counts = table.ravel().take(pixels * np.int32(table.shape[1]) + column)
     return counts * np.float32(scale / levels) - pixels * np.float32(scale / 255)
 
 
@@ -955,7 +955,7 @@ def esrgan_blur(image: np.ndarray, rng: np.random.Generator, stage: ESRGANStage)
     return correlate(image, kernel)
 
 
-def esrgan_resize(image: np.ndarray, base: tuple[float, float], rng: np.random.Generator, stage: ESRGANStage) -> np.ndarray:
+def esrgan_resize(image: np.ndarray, base: Range, rng: np.random.Generator, stage: ESRGANStage) -> np.ndarray:
     """Resize to `base` (height, width) times a random factor, with a random one of three methods."""
     direction = rng.choice(3, p=stage.resize_probability)
     factor = rng.uniform(*(stage.enlarge, stage.shrink, (1.0, 1.0))[direction])
@@ -1100,9 +1100,8 @@ STRENGTHS = {
 # %% [markdown]
 # ## 11. One call
 #
-# `degrade` picks the pipeline and the scale and spoils the line. Two things it does *not* do. It never returns the
-# sharp line when something fails: errors are raised. And no side gets below four pixels, so that a tiny image is
-# degraded and not lost.
+# `degrade` picks the pipeline and the scale and spoils the line. Two things it never does: hand back the sharp line
+# because something failed (errors are raised), and shrink a side below four pixels, where no picture is left.
 
 # %%
 #| export
@@ -1173,8 +1172,8 @@ def degrade(image: np.ndarray, rng: np.random.Generator, config: DegradationConf
 
 
 # %% [markdown]
-# The network wants all lines on one canvas. `to_canvas` enlarges with the interpolation asked for; an axis that has to
-# shrink is averaged, as we saw above why.
+# The network wants all lines on one canvas. `to_canvas` enlarges with the interpolation asked for. An axis that has to
+# shrink is averaged instead: section 5 showed why.
 
 # %%
 #| export
@@ -1276,9 +1275,9 @@ widgets.VBox([*sliders.values(), picture])
 # %% [markdown]
 # ## 13. What the released code does
 #
-# > **A silent failure.** Around both pipelines the released code has, in essence, `try: lq = degrade(hq)` `except: lq
-# > = hq`. Whatever goes wrong, the model is given a pair with nothing to undo, and nobody is told. A few per cent of
-# > such pairs teach it to copy its input. Here an error is an error:
+# > **A silent failure.** Around both pipelines the released code has, in essence,
+# > `try: lq = degrade(hq)` `except: lq = hq`. Whatever goes wrong, the model is given a pair with nothing to undo, is
+# > taught to copy its input, and nobody is told. Here an error is an error:
 
 # %%
 try:

