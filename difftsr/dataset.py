@@ -6,6 +6,7 @@ __all__ = ['SIZES', 'SAMPLES', 'Line', 'LineSource', 'collate', 'to_float', 'Syn
            'write_pairs', 'DatasetOptions', 'preset_alphabet', 'build_pool', 'main']
 
 # %% ../notebooks/03_dataset.ipynb #748c9a57
+import io
 import json
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ from typing import Literal
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
@@ -293,11 +295,11 @@ class LinePool(Dataset):
 
 # %% ../notebooks/03_dataset.ipynb #1be72462
 def decode_image(data: bytes) -> np.ndarray:
-    """A picture file in memory as `(h, w, 3)` uint8 RGB; a `ValueError` if it is none."""
-    image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR) if data else None
-    if image is None:
-        raise ValueError("its picture cannot be read")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    """A picture file in memory as `(h, w, 3)` uint8 RGB; a `ValueError` if it is none or is cut off."""
+    try:
+        return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+    except Exception as error:  # Pillow raises many kinds of errors on damaged files
+        raise ValueError("its picture cannot be read") from error
 
 
 def check_line(image: np.ndarray, text: str) -> None:

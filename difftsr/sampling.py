@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .model import DiffTSR
 from .recognizer import Reading
-from .tdm import TDM, top_reading
+from .tdm import top_reading
 from .text_lines import PAD
 
 # %% ../notebooks/11_ddim.ipynb #164ec948
@@ -65,7 +65,7 @@ def reference_timesteps(steps: int, total: int = 1000) -> list[int]:
         raise ValueError(f"steps must lie in 1..{total}, not {steps}")
     times = [t + 1 for t in range(0, total, total // steps)]
     if times[-1] >= total:
-        raise ValueError(f"the released spacing cannot do {steps} steps: they would begin at time {times[-1]} of {total}")
+        raise ValueError(f"the released spacing cannot do {steps} steps: they begin at {times[-1]} of {total} times")
     return times[::-1]
 
 # %% ../notebooks/11_ddim.ipynb #736d4ebc
@@ -75,8 +75,8 @@ def dpm_solver_2m(
     """One step t -> s of DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), a deterministic solver of second order.
 
     z_s = sigma_s / sigma_t z_t - sqrt(abar_s) (exp(-h) - 1) D, with lambda = log(sqrt(abar) / sigma),
-    h = lambda_s - lambda_t, and D = z0 + (z0 - z0') / (2 r), which extends the line through the last two estimates of the clean latent:
-    `previous` = (u, z0') is the time and the estimate of the step before this one, r = (lambda_t - lambda_u) / h.
+    h = lambda_s - lambda_t, and D = z0 + (z0 - z0') / (2 r), which extends the line through the last two estimates of
+    the clean latent: `previous` = (u, z0') is time and estimate of the step before, r = (lambda_t - lambda_u) / h.
     Without `previous`, on the step out of pure noise and on the last one the step is of first order, which is DDIM.
     """
     a_t, a_s = level(alpha_bar, t), level(alpha_bar, s)
@@ -234,7 +234,7 @@ def sample(
         raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, not {mode!r}")
     if mode == "no-text" and text is not None:
         raise ValueError("mode 'no-text' uses no text: leave the text out, or choose another mode")
-    if mode == "full" and not isinstance(model.tdm, TDM):
+    if mode == "full" and not hasattr(model.tdm, "context"):
         raise ValueError("mode 'full' is for our own text diffusion; the published networks have `reference_sample`")
     if solver not in ("ddim", "dpm") or (solver == "dpm" and eta):
         raise ValueError("solver must be 'ddim' or 'dpm', and 'dpm' has no eta")

@@ -239,7 +239,7 @@ naive = Image.new("L", (420, 70), 255)
 ImageDraw.Draw(naive).text((10, 8), "老街 Tea 12元", fill=0, font=ImageFont.truetype(str(latin_file), 48))
 plt.figure(figsize=(5, 1))
 plt.imshow(naive, cmap="gray")
-plt.axis("off");
+_ = plt.axis("off")
 
 # %% [markdown]
 # The label says 老街, the picture says □□. A recogniser trained on such pairs learns that a box means *any* of 3,755 characters. So: **look a character up before drawing it.**
@@ -651,7 +651,8 @@ class PhraseSampler:
 
     def _dictionary(self, words: str) -> tuple[Sequence[str], np.ndarray]:
         """Words that the alphabet can write, and their cumulative shares."""
-        candidates, weights = (_jieba_words() if words == "auto" else None) or (self.lists["noun"], None)
+        use_jieba = words == "auto" and "国" in self.alphabet
+        candidates, weights = (_jieba_words() if use_jieba else None) or (self.lists["noun"], None)
         weights = np.ones(len(candidates)) if weights is None else weights
         writable = [i for i, word in enumerate(candidates) if all(c in self.alphabet for c in word)]
         ends = np.cumsum(weights[writable])
@@ -735,26 +736,29 @@ FONT_SIZE = 112  # pixels; glyphs are drawn once at this size and warped to thei
 
 
 def draw_mask(text: str, font: Font, spacing: float = 0.0) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """The ink of a text: mask `(h, w)` uint8, boxes `(n, 4)` of the characters in it, and the rows of the line.
+    """The ink of a text: mask `(h, w)` uint8, boxes `(n, 4)` of the characters' ink in it, and the rows of the line.
 
     The rows reach from the top of a tall character to the baseline at least, so that a lone dash is not blown up.
     """
     pillow = font.pillow(FONT_SIZE)
     starts = [pillow.getlength(text[:i]) + i * spacing * FONT_SIZE for i in range(len(text) + 1)]  # kerning included
-    pad = FONT_SIZE // 2
-    image = Image.new("L", (math.ceil(starts[-1]) + 2 * pad, 2 * FONT_SIZE + 2 * pad))
-    draw, baseline = ImageDraw.Draw(image), pad + FONT_SIZE
+    pad, baseline = FONT_SIZE, 2 * FONT_SIZE
+    mask = np.zeros((3 * FONT_SIZE, math.ceil(starts[-1]) + 2 * pad), dtype=np.uint8)
     boxes = np.zeros((len(text), 4), dtype=np.float32)
     for i, character in enumerate(text):
-        x = pad + starts[i]
-        draw.text((x, baseline), character, fill=255, font=pillow, anchor="ls")
-        left, top, right, bottom = pillow.getbbox(character, anchor="ls")
-        if right <= left or bottom <= top:  # a space: as wide as its advance, as high as the line
-            left, right, top, bottom = 0, starts[i + 1] - starts[i], -0.7 * FONT_SIZE, 0
-        boxes[i] = x + left, baseline + top, x + right, baseline + bottom
-    tall = pillow.getbbox("国" if font.covers("国") and not text.isascii() else "H", anchor="ls")
-    rows = min(boxes[:, 1].min(), baseline + tall[1]), max(boxes[:, 3].max(), baseline + tall[3])
-    return np.asarray(image), boxes, (math.floor(rows[0]), math.ceil(rows[1]))
+        left, fraction = divmod(pad + starts[i], 1)
+        glyph, (dx, dy) = pillow.getmask2(character, "L", anchor="ls", start=(fraction, 0))
+        x, y, ink = int(left) + dx, baseline + dy, glyph.getbbox()
+        if ink is None:  # a space: as wide as its advance, as high as a capital
+            boxes[i] = pad + starts[i], baseline - 0.7 * FONT_SIZE, pad + starts[i + 1], baseline
+            continue
+        width, height = glyph.size
+        place = mask[y : y + height, x : x + width]
+        np.maximum(place, np.frombuffer(bytes(glyph), np.uint8).reshape(height, width)[: place.shape[0]], out=place)
+        boxes[i] = x + ink[0], y + ink[1], x + ink[2], y + ink[3]
+    tall = -pillow.getbbox("国" if font.covers("国") and not text.isascii() else "H", anchor="ls")[1]
+    rows = min(boxes[:, 1].min(), baseline - tall), max(boxes[:, 3].max(), baseline)
+    return mask, boxes, (math.floor(rows[0]), math.ceil(rows[1]))
 
 
 # %%
@@ -926,7 +930,7 @@ ink = cv2.warpPerspective(mask, warp, (width, HEIGHT))
 plt.figure(figsize=(6, 1.5))
 plt.imshow(ink, cmap="gray_r")
 plt.plot(*corners[[0, 1, 2, 3, 0]].T, color="tab:blue")
-plt.axis("off");
+_ = plt.axis("off")
 
 
 # %% [markdown]
@@ -1112,7 +1116,7 @@ lines = [renderer.render(phrase, rng) for phrase in phrases]
 assert all(line.image.shape[0] == HEIGHT and 1 <= line.image.shape[1] / HEIGHT <= 8 for line in lines)
 plt.figure(figsize=(8, 3.2))
 plt.imshow(contact_sheet([line.image for line in lines]))
-plt.axis("off");
+_ = plt.axis("off")
 
 # %% [markdown]
 # And the boxes and centres, which have gone through the same warp. They are kept as shares of width and height, so that they stay true whatever size the line is brought to:

@@ -68,6 +68,7 @@ if os.path.dirname(os.getcwd()) not in sys.path:
 
 # %%
 #| export
+import io
 import json
 import multiprocessing
 import os
@@ -83,6 +84,7 @@ from typing import Literal
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
@@ -323,7 +325,7 @@ for index in (1, 8, 10, 11):
     rows += [mark_centers(records[0]["hr"], records[0]["centers"]), *(r["lr"] for r in records)]
 plt.figure(figsize=(9, 2.4))
 plt.imshow(contact_sheet(rows, columns=4))
-plt.axis("off");
+_ = plt.axis("off")
 
 
 # %% [markdown]
@@ -490,11 +492,11 @@ assert np.prod(pool.hr.shape) + np.prod(pool.lr.shape) == 40 * (1 + 2) * 32 * 12
 # %%
 #| export
 def decode_image(data: bytes) -> np.ndarray:
-    """A picture file in memory as `(h, w, 3)` uint8 RGB; a `ValueError` if it is none."""
-    image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR) if data else None
-    if image is None:
-        raise ValueError("its picture cannot be read")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    """A picture file in memory as `(h, w, 3)` uint8 RGB; a `ValueError` if it is none or is cut off."""
+    try:
+        return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+    except Exception as error:  # Pillow raises many kinds of errors on damaged files
+        raise ValueError("its picture cannot be read") from error
 
 
 def check_line(image: np.ndarray, text: str) -> None:
@@ -819,7 +821,7 @@ lines = [samples.line(index) for index in range(len(samples))]
 assert all(is_reserved(line.text) and line.hr.shape[0] == 128 for line in lines)
 plt.figure(figsize=(9, 4))
 plt.imshow(contact_sheet([image for line in lines for image in (line.lr, line.hr)], columns=4))
-plt.axis("off");
+_ = plt.axis("off")
 
 
 # %% [markdown]

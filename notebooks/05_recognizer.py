@@ -1079,8 +1079,8 @@ def corrupted(inputs: Tensor, part: float, num_classes: int, generator: torch.Ge
 class RecognizerStage:
     """Trains the recogniser on HR and LR lines alike.
 
-    Cross-entropy of the decoder (teacher forced), CTC on the columns, and, where the centres of the characters are
-    known, two losses that say where each character is.
+    Cross-entropy of the decoder (teacher forced); CTC and the count of the columns; and, where the centres of the
+    characters are known, two losses that say where each character is. The published network has the first alone.
     """
 
     name = "recognizer"
@@ -1109,17 +1109,17 @@ class RecognizerStage:
         hidden, weights, _ = ocr.decode(inputs, ocr.columns(features))
         counted = ocr.counted(tokens)
         logits, truth = ocr.generator_word(hidden[counted], table), tokens[counted]  # (characters and ENDs, K)
-        loss = F.cross_entropy(logits, truth, label_smoothing=s.label_smoothing)
-        logs = {"text": loss.detach(), "accuracy": (logits.argmax(-1) == truth).float().mean()}
-        for name, weight, part in (
-            ("ctc", s.ctc_weight, lambda: ctc_loss(ocr, features, tokens, table)),
-            ("spot", s.spot_weight, lambda: spot_loss(ocr, features, tokens, centers, table)),
-            ("look", s.look_weight, lambda: look_loss(weights, centers)),
-            ("count", s.count_weight, lambda: count_loss(ocr, features, tokens, centers)),
-        ):
-            if weight:
-                value = part()
-                loss, logs[name] = loss + weight * value, value.detach()
+        parts = {"text": (1.0, F.cross_entropy(logits, truth, label_smoothing=s.label_smoothing))}
+        if not ocr.config.published:
+            parts["ctc"] = s.ctc_weight, ctc_loss(ocr, features, tokens, table)
+            parts["count"] = s.count_weight, count_loss(ocr, features, tokens, centers)
+            if (centers >= 0).any():  # photographs come without
+                parts["spot"] = s.spot_weight, spot_loss(ocr, features, tokens, centers, table)
+                parts["look"] = s.look_weight, look_loss(weights, centers)
+
+        loss = sum(weight * part for weight, part in parts.values())
+        logs = {name: part.detach() for name, (_, part) in parts.items()}
+        logs["accuracy"] = (logits.argmax(-1) == truth).float().mean()
         yield loss, "recognizer", logs
 
 

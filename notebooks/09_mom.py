@@ -8,9 +8,12 @@
 
 # %% [markdown]
 # # 09 · The mixture of multi-modality (MoM)
-
-# %%
-#| default_exp mom
+#
+# **What you will build.** The small module that lets the two diffusions of this project help each other: at every step it looks at the text and at the image, and writes a condition for each of them. And the last training stage, in which only this module learns.
+#
+# **What you will understand.** Why a new part must start by changing nothing, and how two zeros in a row make it learn nothing. Why a module that was trained with the correct text is misled at test time. What "frozen" has to mean.
+#
+# **What you need.** Lessons 05 to 08. One minute and 1 GB on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/09_mom.ipynb)
@@ -50,6 +53,9 @@ if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
 
 # %%
+#| default_exp mom
+
+# %%
 #| export
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -64,6 +70,47 @@ from difftsr.tdm import MultinomialDiffusion, accuracy_by_third, look_at, top_re
 from difftsr.text_lines import PAD
 from difftsr.unet import UNet, UNetConfig
 
+# %%
+import copy
+
+from matplotlib import pyplot as plt
+
+from difftsr.idm import IDM, IDMConfig, IDMStage, IDMTraining
+from difftsr.tdm import TDM, TDMConfig, TDMStage, TDMTraining
+from difftsr.text_lines import Alphabet, glyph_bitmaps
+
+torch.manual_seed(0)
+plt.rcParams["figure.dpi"] = 80
+
+
+# %% [markdown]
+# ## 1. Two halves that do not talk
+#
+# After lessons 07 and 08 there are two diffusions. The **IDM** turns noise into an image and is told what was read. The **TDM** turns random characters into text and is shown the degraded image. Neither knows what the other has found out: the text does not see the image getting sharper, the image does not hear that a character was corrected.
+#
+# | symbol | in code | meaning |
+# | --- | --- | --- |
+# | $z_t$, $z_{LR}$ | `z_t`, `z_lr` | latent of the image at noise level $t$, and of the degraded line |
+# | $c_t$, $\hat c_0$ | `c_t`, `log_p0` | text at noise level $t$, the TDM's prediction of the clean text |
+# | $I_{cond}$ | `image_condition` | what MoM adds to the image tokens of the TDM |
+# | $C_{cond}$ | `text_condition` | the text context that MoM writes for the IDM |
+# | $\lambda$ | `text_weight` | weight of the TDM's loss in the joint stage |
+#
+# MoM stands between them (paper, section 3.4):
+#
+# ```
+#         c_t, reading ──┐                      ┌── I_cond ──> TDM ──> predicted text ──┐
+#                        ├──>  MoM: a U-Net  ───┘                                       │
+#         z_LR, z_t, t ──┘                                                              │
+#                              MoM: a text encoder  <───────────────────────────────────┘
+#                                       └── C_cond ──> IDM ──> z at the next level
+# ```
+#
+# The order matters. At $t = 950$ more than nine characters of $c_t$ in ten are random, just when the image decides where its strokes go. So in every step **the text moves first**, and the IDM is told the text that the TDM *predicts*, not $c_t$.
+#
+# ## 2. What is known of the text at time t
+#
+# MoM's U-Net compares the half-made image with a text. Which one? The naive answer is $c_t$. But how much $c_t$ is worth depends on $t$: it is the true text with probability $\bar\alpha_t$. For the rest there is the reader, with its own doubts. `noised_reading` writes this down as one uncertain text: $\bar\alpha_t$ on the noised character, $(1 - \bar\alpha_t)\,p_k$ on the reader's candidates, and what is left over on "unknown".
 
 # %%
 #| export
@@ -79,6 +126,46 @@ def noised_reading(c_t: Tensor, reading: Reading | None, alpha_bar: Tensor) -> R
     probs = torch.cat([trust, (1 - trust) * reading.probs], dim=-1)
     return Reading(tokens, probs, reading.centers, reading.features)
 
+
+# %%
+diffusion = MultinomialDiffusion(38)
+read = Reading.of(torch.full((1, 24), 7), prob=0.8)
+for t in (0, 500, 999):
+    known = noised_reading(torch.full((1, 24), 5), read, diffusion.alpha_bar_at(torch.tensor([t])))
+    print(
+        f"t = {t:>3}: candidates {known.tokens[0, 0].tolist()} with probabilities {[round(p, 2) for p in known.probs[0, 0].tolist()]}"
+    )
+assert known.probs.sum(-1).max() <= 1
+
+
+# %% [markdown]
+# ## 3. A new part must change nothing
+#
+# The TDM has learned to read its image tokens. If an untrained MoM replaces them, all of that is lost on the first step. (The published MoM does replace them: `I_cond` is the whole image context of the released TDM, and it is produced by a U-Net that starts at zero. Row 8 of the list in MODEL_NOTES says why we do not.) Here `I_cond` is a **residual**: the tokens of the TDM's own stage plus something that is exactly zero at first. The text encoder starts as a copy of the IDM's. So step 0 of the joint stage equals the earlier stages, bit for bit, and a test holds us to it.
+#
+# There is a trap. The U-Net already ends in a convolution of zeros. Making the linear layer after it zero as well seems doubly safe. Look at the gradients:
+
+# %%
+def gradients(first_zero, second_zero):
+    """Gradient norms of two layers in a row, either of which may start at zero."""
+    torch.manual_seed(0)
+    first, second = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+    for layer, zero in ((first, first_zero), (second, second_zero)):
+        if zero:
+            nn.init.zeros_(layer.weight)
+    (second(first(torch.ones(1, 8))) - 1).square().sum().backward()
+    return [round(layer.weight.grad.norm().item(), 2) for layer in (first, second)]
+
+
+print("first zero: ", gradients(True, False))
+print("both zero:  ", gradients(True, True))
+assert gradients(True, True) == [0, 0]
+
+
+# %% [markdown]
+# Zero times zero: no gradient reaches either of them, ever. One zero is enough, and the U-Net brings it.
+#
+# The U-Net's output has the shape of a latent, like the published one. The published code then cuts it into 16 tokens with a `.view` that runs across rows and colour channels. Here **a token is a column** of the line, from left to right, as in the TDM's own image tokens.
 
 # %%
 #| export
@@ -145,6 +232,22 @@ class MoM(nn.Module):
 
 
 # %%
+alphabet = Alphabet.tiny()
+unet = UNetConfig(8, 4, 16, (1, 2), 1, (2,), 2, 48, groups=8)
+words = TextEncoderConfig(len(alphabet), 48, 1, heads=2, dim_head=24, character_dim=32)
+mom_config = MoMConfig(unet, words, latent_height=8, columns=32, tdm_dim=64, num_classes=len(alphabet))
+mom = MoM(mom_config)
+c_t = alphabet.encode_batch(["MIXTURE", "OF", "BOTH"])
+z_lr, z_t = torch.randn(2, 3, 4, 8, 32)
+I_cond, C_cond = mom(c_t, z_lr, z_t, torch.tensor([10, 500, 990]), reading=Reading.of(c_t))
+print("I_cond", tuple(I_cond.shape), " C_cond", tuple(C_cond.shape))
+assert I_cond.abs().max() == 0
+
+
+# %% [markdown]
+# > **The published module** takes `concat(z_LR, z_t)`, the degraded latent first (the IDM has it second), multiplies it by 0.18215 once more, embeds the text in a table of its own (`first_embeder`, spelled so), and encodes it again for the IDM. $C_{cond}$ depends on the text alone. As sampling with the released default never calls the TDM (row 1), the two diffusions do not meet there at all.
+
+# %%
 #| export
 @dataclass
 class PublishedMoMConfig:
@@ -180,6 +283,47 @@ class PublishedMoM(nn.Module):
 
 
 # %%
+with torch.device("meta"):
+    published = PublishedMoM(PublishedMoMConfig())
+count = sum(p.numel() for p in published.parameters())
+print(f"{count:,} parameters")
+assert count == 6_226_675
+
+# %% [markdown]
+# ## 4. Why the clean label hurts
+#
+# > **Where the released code departs (row 6).** In its joint stage MoM is given the *label*, the correct text. At test time it gets what the recogniser read.
+#
+# What does a learner do with a hint that is never wrong? It stops looking. A toy with nothing but least squares: the true stroke $x$ is to be estimated from a blurred view $x + 0.7\,\varepsilon$ and from a textual hint. In training the hint is either the truth, or wrong in a third of the cases as a reader's would be.
+
+# %%
+draw = torch.Generator().manual_seed(0)
+x, other = torch.randn(2, 20_000, generator=draw)
+view = x + 0.7 * torch.randn(20_000, generator=draw)
+hint = torch.where(torch.rand(20_000, generator=draw) < 0.33, other, x)  # what will be there at test time
+
+
+def fit(hint_in_training):
+    """Weights of (hint, view) by least squares, and the error with the hints of test time."""
+    weights = torch.linalg.lstsq(torch.stack([hint_in_training, view], 1), x[:, None]).solution
+    test_error = (torch.stack([hint, view], 1) @ weights - x[:, None]).square().mean()
+    return weights[:, 0].tolist(), test_error.item()
+
+
+for name, hints in (("the label", x), ("real hints", hint)):
+    weights, test_error = fit(hints)
+    print(
+        f"trained with {name:<10}: weight of hint {weights[0]:.2f}, of view {weights[1]:.2f}; test error {test_error:.2f}"
+    )
+assert fit(hint)[1] < 0.5 * fit(x)[1]
+
+
+# %% [markdown]
+# Trained with the label, all weight goes to the hint; it would have been better to ignore it. So in our joint stage MoM sees the noised text and the real reading with its confidences, exactly as in a restoration. The label appears in one place: as the target of the TDM's loss.
+#
+# ## 5. One joint step
+
+# %%
 #| export
 def joint_step(
     model: nn.Module, c_t: Tensor, z_t: Tensor, z_lr: Tensor, t: Tensor, reading: Reading
@@ -194,6 +338,11 @@ def joint_step(
     believed = top_reading(log_p0, reading)
     return log_p0, model.idm(z_t, z_lr, t, model.mom.text_condition(believed), believed.centers)
 
+
+# %% [markdown]
+# Gradients flow from the image loss through `text_condition` *and* through the probabilities of `top_reading` into the TDM's logits, and so into MoM's residual: the text is also corrected because a wrong character makes the image worse. (Which five characters are the best cannot be differentiated; how probable each of them is, can.)
+#
+# The stage. One $t$ serves both diffusions, as in sampling. Everything but MoM is frozen, which means two things: no gradients for its weights, and *evaluation mode*, for a BatchNorm in training mode changes its running statistics without any optimiser.
 
 # %%
 #| export
@@ -259,3 +408,122 @@ class MoMStage:
         logs |= accuracy_by_third(log_p0.argmax(1) == tokens, written, t, tdm.diffusion.timesteps)
         logs["accuracy_reader"] = (reading.best == tokens)[written].float().mean()
         yield loss, "mom", {"loss": loss.detach(), **logs}
+
+
+# %% [markdown]
+# ## 6. A small joint training
+#
+# To see all three stages in a minute we make a world without pixels. Lines are names of towns, and the "latent" of a line is its glyphs, drawn four columns wide. The degraded latent is blurred and noisy, and the reader confuses similar characters.
+
+# %%
+TOWNS = "BERLIN LISBON MADRID OSLO PARIS ROME VIENNA DUBLIN ATHENS MINSK SOFIA WARSAW PRAGUE ZAGREB RIGA BERN".split()
+ALIKE = dict(zip("OBINMSGZDEFUVPRATLCKWHJ", "08IMN5620FEVURP4714XVNI", strict=True))
+look_alike = torch.arange(len(alphabet))
+for true, mistaken in ALIKE.items():
+    look_alike[alphabet.encode(true)[0]] = alphabet.encode(mistaken)[0]
+bitmaps = torch.as_tensor(glyph_bitmaps(alphabet))
+shapes = F.adaptive_avg_pool2d(bitmaps.float()[:, None], (8, 4))[:, 0]
+shapes = (shapes - shapes.mean()) / shapes.std()  # (K, 8, 4)
+
+
+def towns(batch, generator):
+    """A batch as the training loop would bring it from its cache of latents."""
+    names = [TOWNS[i] for i in torch.randint(len(TOWNS), (batch,), generator=generator)]
+    tokens = alphabet.encode_batch(names)
+    picture = shapes[tokens[:, :8]].permute(0, 2, 1, 3).flatten(2)[:, None]  # (B, 1, 8, 32)
+    z_hr = picture * torch.tensor([1.0, -1.0, 0.5, 0.8]).view(1, 4, 1, 1)
+    blurred = F.interpolate(F.avg_pool2d(z_hr, 4), scale_factor=4)
+    z_lr = blurred + 0.3 * torch.randn(z_hr.shape, generator=generator)
+    centers = torch.where(tokens != PAD, (torch.arange(24) + 0.5) / 8, -1.0)
+    misread = torch.rand(tokens.shape, generator=generator) < 0.33
+    reading = Reading.of(torch.where(misread, look_alike[tokens], tokens), centers, prob=0.6)
+    reading.features = F.avg_pool2d(z_lr, (8, 1))  # the reader saw no more than this: (B, 4, 1, 32)
+    return {"tokens": tokens, "centers": centers, "reading": reading, "z_hr": z_hr, "z_lr": z_lr}
+
+
+# %%
+class World(nn.Module):
+    """The networks that the stages need; the batches bring along what a VAE and a recogniser would say."""
+
+    def __init__(self):
+        super().__init__()
+        self.vae, self.recognizer = nn.Identity(), nn.Identity()
+        self.idm = IDM(IDMConfig(copy.deepcopy(unet), words), bitmaps)
+        self.tdm = TDM(
+            TDMConfig(len(alphabet), 24, 64, 2, 4, 32, columns=32, feature_channels=4, latent_shape=(4, 8, 32)), bitmaps
+        )
+        self.mom = MoM(mom_config, bitmaps)
+
+
+def train(stage, model, steps, seed):
+    """The loop of lesson 13 in six lines; returns the logs."""
+    generator, (optimizer,), history = torch.Generator().manual_seed(seed), stage.optimizers(model).values(), []
+    for _ in range(steps):
+        for loss, _, logs in stage.losses(model, towns(24, generator), generator):
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            history.append({name: float(value) for name, value in logs.items()})
+    return history
+
+
+# %%
+torch.manual_seed(0)
+model = World()
+idm_history = train(IDMStage(IDMTraining(learning_rate=3e-3, ocr_weight=0.0), model), model, 60, seed=1)
+tdm_history = train(TDMStage(TDMTraining(learning_rate=3e-3), model), model, 150, seed=2)
+assert idm_history[-1]["loss"] < idm_history[0]["loss"] and tdm_history[-1]["loss"] < tdm_history[0]["loss"]
+
+
+# %% [markdown]
+# Now the joint stage. Before it, `initialise` copies the IDM's text encoder. We measure the TDM's accuracy at several $t$ before and after, on the same lines with the same noise, and keep a copy of the frozen weights.
+
+# %%
+@torch.no_grad()
+def text_accuracy(model, t):
+    """Share of right characters in the TDM's prediction at level t, with MoM connected."""
+    generator = torch.Generator().manual_seed(9)
+    lines, level = towns(128, generator), torch.full((128,), t)
+    c_t = model.tdm.diffusion.q_sample(lines["tokens"], level, generator)
+    z_t = model.idm.diffusion.q_sample(lines["z_hr"], level, torch.randn(lines["z_hr"].shape, generator=generator))
+    log_p0, _ = joint_step(model.eval(), c_t, z_t, lines["z_lr"], level, lines["reading"])
+    return (log_p0.argmax(1) == lines["tokens"])[lines["tokens"] != PAD].float().mean().item()
+
+
+levels = (50, 200, 350, 500, 650, 800, 950)
+stage = MoMStage(MoMTraining(learning_rate=3e-3), model)
+stage.initialise(model)
+before = [text_accuracy(model, t) for t in levels]
+frozen = copy.deepcopy({name: getattr(model, name).state_dict() for name in ("idm", "tdm")})
+joint_history = train(stage, model, 60, seed=3)
+after = [text_accuracy(model, t) for t in levels]
+
+# %%
+for name, weights in frozen.items():
+    assert all(torch.equal(value, getattr(model, name).state_dict()[key]) for key, value in weights.items())
+fig, (left, right) = plt.subplots(1, 2, figsize=(10, 2.8))
+left.plot([h["image"] for h in joint_history], label="L_IDM")
+left.plot([h["text"] for h in joint_history], label="L_TDM")
+left.set(xlabel="joint step", yscale="log"), left.legend()
+right.plot(levels, before, "o--", label="TDM alone")
+right.plot(levels, after, "o-", label="with MoM")
+right.set(xlabel="t", ylabel="characters right"), right.legend()
+plt.show()
+assert sum(after) > sum(before)
+
+# %% [markdown]
+# The TDM itself has not changed by a bit, and yet it reads better where $z_t$ still shows something: the residual tells it what the image has become. Near $t = 1000$ there is nothing to see in $z_t$, and both curves meet what the reader and the degraded image allow.
+#
+# A word of caution. In training $z_t$ is a noised *true* latent; in a restoration it is the model's own work, which may contain the model's own mistakes. What the real system gains is measured in lesson 14 on real restorations, not here.
+#
+# ## Summary
+#
+# * MoM lets each diffusion see what the other has found: a residual on the TDM's image tokens, a text context for the IDM.
+# * It starts as exactly nothing: one zero convolution (not two), and a copy of the IDM's text encoder.
+# * In training it sees the text as it will be at test time: noised, misread, with confidences. The label is only a target.
+# * The text moves first, and the image is told the predicted clean text.
+# * Frozen means no gradients and evaluation mode.
+#
+# ## Where to go next
+#
+# Lesson 10 puts the five networks together and saves them; lesson 11 runs both diffusions to the end.

@@ -81,7 +81,7 @@ from difftsr.text_lines import PAD, UNK
 import matplotlib.pyplot as plt
 
 from difftsr.model import has_weights, preset
-from difftsr.text_lines import data_folder, find_fonts, package_font_folders, read_table
+from difftsr.text_lines import UNKNOWN, data_folder, find_fonts, package_font_folders, read_table
 
 # %% [markdown]
 # ## 1. Any image file
@@ -399,9 +399,10 @@ han = Path(next(f for f in find_fonts(package_font_folders()) if f.covers("æ±‰å­
 fig, axes = plt.subplots(len(chosen), 2, figsize=(9, 1.3 * len(chosen)), dpi=64)
 for row, name, result in zip(axes, chosen, results):
     row[0].imshow(Image.open(samples / "lr" / name))
-    row[0].set_title(f"input, read as {result.read_from_input}", font=han, fontsize=8)
+    read, said = (text.replace(UNKNOWN, "?") for text in (result.read_from_input, result.text))
+    row[0].set_title(f"input, read as {read}", font=han, fontsize=8)
     row[1].imshow(result.image)
-    row[1].set_title(f"restored: {result.text}   (truth: {labels[name]})", font=han, fontsize=8)
+    row[1].set_title(f"restored: {said}   (truth: {labels[name]})", font=han, fontsize=8)
 for ax in axes.flat:
     ax.axis("off")
 plt.tight_layout()

@@ -4,9 +4,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from parity_common import load_fixture, max_difference, parity_folder
 
 from difftsr import degradation as deg
+from parity_common import load_fixture, max_difference, parity_folder
 
 BIVARIATE = ("gaussian", "generalized", "plateau")
 

@@ -1,5 +1,6 @@
 """The recogniser: character vectors, readings, the small network and its training, and the published network."""
 
+import copy
 import itertools
 import math
 from types import SimpleNamespace
@@ -7,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from parity_common import assert_close, fill_with_recipe, load_fixture, parity_folder
 from PIL import Image
 from torch.nn import functional as F
 
@@ -29,6 +29,7 @@ from difftsr.recognizer import (
     unpack_bits,
 )
 from difftsr.text_lines import PAD, UNK, Alphabet
+from parity_common import assert_close, fill_with_recipe, load_fixture, parity_folder
 
 K = 13  # classes in these tests; B, n and K all differ
 
@@ -181,8 +182,11 @@ def test_a_finished_line_is_not_disturbed_by_longer_neighbours(net):
 
 @torch.no_grad()
 def test_input_is_resized_and_keeps_its_range(net):
-    big = F.interpolate(lines(), (64, 256), mode="nearest")
-    torch.testing.assert_close(net.features(big), net.features(lines()), atol=1e-4, rtol=1e-3)
+    big = torch.rand(3, 3, 64, 256, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    averaged = F.interpolate(big, (32, 128), mode="bilinear", antialias=True)
+    torch.testing.assert_close(net.features(big), net.features(averaged))
+    net.config.resize = "nearest"
+    torch.testing.assert_close(net.features(big), net.features(big[..., ::2, ::2]))
     published = TransOCR(RecognizerConfig(K, size=(32, 128), input_range=(0.0, 1.0), widths=(8, 8, 8), dim=64)).eval()
     seen = {}
     published.encoder.register_forward_hook(lambda module, inputs, output: seen.update(x=inputs[0]))
@@ -194,7 +198,7 @@ def test_input_is_resized_and_keeps_its_range(net):
 def test_features_move_with_the_image(net):
     map_, moved = net.features(lines()), net.features(lines().roll(8, -1))
     assert map_.shape == (3, 64, 1, 32)
-    torch.testing.assert_close(map_.roll(2, -1)[..., 8:-8], moved[..., 8:-8], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(map_.roll(2, -1)[..., 8:-8], moved[..., 8:-8], atol=1e-4, rtol=1e-3)
 
 
 def test_counter_sums_what_columns_hold():
@@ -214,17 +218,6 @@ def test_position_codes_between_whole_positions():
 def test_std_norm_uses_the_unbiased_deviation():
     x = torch.tensor([[1.0, 2.0, 4.0, 6.0]])
     torch.testing.assert_close(StdNorm(4)(x), (x - x.mean()) / (np.std(x.numpy(), ddof=1) + 1e-6))
-
-
-@torch.no_grad()
-def test_calibration_finds_the_temperature(net):
-    tokens = padded([2, 3, 4], [5], [6, 7])
-    net.generator_word.scale *= 20  # far too sure of itself
-    assert net.calibrate(lines(), tokens) == pytest.approx(3.0)
-    assert net.read(lines()).confidence[:, 0].max() < 1
-    net.temperature.fill_(1.0)
-    net.generator_word.scale /= 2000
-    assert net.calibrate(lines(), tokens) < 3.0
 
 
 # --- losses and training ---
@@ -291,7 +284,11 @@ def bar_batch(size: int, generator: torch.Generator) -> dict:
     lengths = torch.randint(1, 7, (size, 1), generator=generator)
     tokens = torch.where(torch.arange(24) < lengths, tokens, PAD)
     images, centers = bars(tokens)
-    return dict(hr=images, lr=images + 0.05 * torch.randn(images.shape, generator=generator), tokens=tokens, centers=centers)
+    noisy = images + 0.05 * torch.randn(images.shape, generator=generator)
+    return dict(hr=images, lr=noisy, tokens=tokens, centers=centers)
+
+
+STEPS = 80
 
 
 @pytest.fixture(scope="module")
@@ -301,9 +298,9 @@ def trained() -> TransOCR:
     model = SimpleNamespace(recognizer=TransOCR(RecognizerConfig.tiny(K)))
     stage, generator = RecognizerStage(RecognizerTraining(learning_rate=3e-3), model), torch.Generator().manual_seed(0)
     optimizer = stage.optimizers(model)["recognizer"]
-    for step in range(100):
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 3e-3 * min(1, (100 - step) / 50)
-        for loss, name, _ in stage.losses(model, bar_batch(24, generator), generator):
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 3e-3 * min(1, 2 * (STEPS - step) / STEPS)
+        for loss, name, _ in stage.losses(model, bar_batch(16, generator), generator):
             assert name == "recognizer"
             optimizer.zero_grad()
             loss.backward()
@@ -331,6 +328,21 @@ def test_ocr_loss_prefers_the_right_text_and_pulls_the_image(trained):
     assert gradient.isfinite().all() and place[16:32].mean() > 2 * place[64:].mean()  # at the character in question
     with torch.no_grad():
         assert trained.ocr_loss(image - 0.05 * gradient.sign(), wrong) < bad
+
+
+@torch.no_grad()
+def test_calibration_finds_the_best_temperature_and_reading_uses_it(trained):
+    net, batch = copy.deepcopy(trained), bar_batch(40, torch.Generator().manual_seed(7))
+    net.generator_word.scale *= 3
+    net.generator_word.bias *= 3  # three times too sure of itself
+    sharp = net.read(batch["lr"])
+    temperature = net.calibrate(batch["lr"], batch["tokens"])
+    counted = net.counted(batch["tokens"])
+    logits, truth = net(batch["lr"], batch["tokens"])[counted], batch["tokens"][counted]
+    best, colder, hotter = (F.cross_entropy(logits / (temperature * c), truth) for c in (1.0, 0.9, 1.1))
+    assert temperature > 1 and best < colder and (best < hotter or temperature == pytest.approx(3.0))
+    calm, real = net.read(batch["lr"]), batch["tokens"] != PAD
+    assert calm.best.equal(sharp.best) and calm.confidence[real].mean() < sharp.confidence[real].mean()
 
 
 def test_stage_uses_lr_for_half_and_only_known_centers():

@@ -1,0 +1,84 @@
+"""What a restoration costs on this machine, beside the machine's measured convolution rate.
+
+    python tests/bench.py [--weights classroom] [--repeats 5] [--output data/benchmarks/restore.json]
+
+Prints medians, and writes them with the name of the machine. Random weights serve as well as trained ones here, and
+are used where the named weights are missing.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from difftsr.model import DiffTSR, preset
+from difftsr.restore import load_image, restore
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def median_seconds(call, repeats: int) -> float:
+    """The median duration of `call` over so many repeats, after one that does not count."""
+    call()
+    durations = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        call()
+        durations.append(time.perf_counter() - started)
+    return statistics.median(durations)
+
+
+def convolution_rate(repeats: int) -> float:
+    """GFLOP/s of a 3 x 3 convolution of 96 channels on a 64 x 256 map, channels last, float32."""
+    conv = nn.Conv2d(96, 96, 3, padding=1).to(memory_format=torch.channels_last)
+    x = torch.randn(4, 96, 64, 256).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        seconds = median_seconds(lambda: conv(x), repeats)
+    return 2 * 96 * 96 * 9 * x.shape[0] * 64 * 256 / seconds / 1e9
+
+
+def machine() -> str:
+    """The processor's name and how many threads torch uses."""
+    name = platform.processor() or "unknown processor"
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        named = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = named[0] if named else name
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--weights", default="classroom")
+    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--output", type=Path, default=ROOT / "data" / "benchmarks" / "restore.json")
+    chosen = options.parse_args()
+    try:
+        model = DiffTSR.from_pretrained(chosen.weights)
+    except ValueError:
+        model = DiffTSR(preset("classroom")).eval()
+    sample = ROOT / "data" / "samples" / "lr" / "05.png"
+    image = load_image(sample) if sample.exists() else np.full((32, 128, 3), 128, np.uint8)
+    found = {"machine": machine(), "torch": torch.__version__, "repeats": chosen.repeats}
+    found["convolution_gflops"] = round(convolution_rate(chosen.repeats), 1)
+    for mode in ("full", "baseline", "no-text"):
+        for steps in (model.config.steps, 4):
+            seconds = median_seconds(lambda m=mode, s=steps: restore(model, image, mode=m, steps=s), chosen.repeats)
+            found[f"seconds_a_line_{mode}_{steps}_steps"] = round(seconds, 3)
+    for name, value in found.items():
+        print(f"{name:36s} {value}")
+    chosen.output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = chosen.output.with_name(f".{chosen.output.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, chosen.output)
+
+
+if __name__ == "__main__":
+    main()

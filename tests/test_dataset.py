@@ -1,0 +1,326 @@
+"""Sources, pools and loaders: repeatable, resumable, shareable, and not stopped by a bad record."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from difftsr.dataset import (
+    SAMPLES,
+    SIZES,
+    BatchOrder,
+    Line,
+    LinePool,
+    LineSource,
+    LmdbLines,
+    PairFolder,
+    SyntheticLines,
+    decode_image,
+    make_loader,
+    open_source,
+    to_float,
+    write_lmdb,
+)
+from difftsr.degradation import DegradationConfig
+from difftsr.text_lines import (
+    MAX_LENGTH,
+    Alphabet,
+    data_folder,
+    find_fonts,
+    is_reserved,
+    is_reserved_face,
+    package_font_folders,
+    read_table,
+)
+
+SIZE = (32, 128)
+
+
+@pytest.fixture(scope="module")
+def alphabet() -> Alphabet:
+    return Alphabet.classroom()
+
+
+@pytest.fixture(scope="module")
+def fonts():
+    return find_fonts(package_font_folders())
+
+
+def synthetic(alphabet, fonts, **options) -> SyntheticLines:
+    return SyntheticLines(alphabet, SIZE, fonts=fonts, words="builtin", **{"length": 50, "seed": 4, **options})
+
+
+@pytest.fixture(scope="module")
+def source(alphabet, fonts) -> SyntheticLines:
+    return synthetic(alphabet, fonts)
+
+
+@pytest.fixture(scope="module")
+def pool(source, tmp_path_factory) -> LinePool:
+    return LinePool.build(tmp_path_factory.mktemp("p") / "pool", source, 37, degradations=3, workers=2, progress=False)
+
+
+def same(a: dict, b: dict) -> bool:
+    return all(np.array_equal(np.asarray(a[k]), np.asarray(b[k])) for k in ("hr", "lr", "tokens", "centers", "text"))
+
+
+# Records
+
+
+def test_record(source, alphabet):
+    record = source[3]
+    assert record["hr"].shape == record["lr"].shape == (*SIZE, 3) and record["hr"].dtype == np.uint8
+    assert alphabet.decode(record["tokens"]) == record["text"]
+    n = len(record["text"])
+    assert ((0 <= record["centers"][:n]) & (record["centers"][:n] <= 1)).all()
+    assert (record["centers"][n:] == -1).all() and record["centers"].shape == (MAX_LENGTH,)
+
+
+def test_a_record_is_a_function_of_seed_index_and_draw(source, alphabet, fonts):
+    fresh = synthetic(alphabet, fonts)
+    backwards = {i: fresh.record(i, 1) for i in reversed(range(5))}
+    assert all(same(source.record(i, 1), backwards[i]) for i in range(5))
+    assert all(same(a, b) for a, b in zip(source.records(2, 3), [source.record(2, d) for d in range(3)], strict=True))
+    other = synthetic(alphabet, fonts, seed=5)
+    assert source[0]["text"] != other[0]["text"] or not np.array_equal(source[0]["hr"], other[0]["hr"])
+
+
+def test_identity_share(alphabet, fonts):
+    always, never = (synthetic(alphabet, fonts, identity=share) for share in (1.0, 0.0))
+    assert all(np.array_equal(always[i]["hr"], always[i]["lr"]) for i in range(5))
+    assert not any(np.array_equal(never[i]["hr"], never[i]["lr"]) for i in range(5))
+
+
+def test_a_failing_degradation_is_not_hidden(source, monkeypatch):
+    import difftsr.dataset as module
+
+    def broken(*_):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(module, "degrade", broken)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        [source.record(i) for i in range(5)]
+
+
+def test_colours_survive(alphabet):
+    class Red(LineSource):
+        def line(self, index):
+            return Line(np.full((128, 300, 3), (250, 10, 0), np.uint8), "红", "here")
+
+    record = Red(alphabet, SIZE, identity=0.0, degradation=DegradationConfig(strength="mild"))[0]
+    red = to_float(record["lr"][None])[0].mean((1, 2))
+    assert red[0] > 0.8 and red[1] < -0.7 and red[2] < -0.8
+
+
+def test_to_float_is_exact_at_the_ends():
+    ends = to_float(np.array([0, 255], np.uint8).reshape(1, 1, 2, 1).repeat(3, -1))
+    assert ends.shape == (1, 3, 1, 2) and ends[0, 0, 0].tolist() == [-1, 1]
+
+
+def test_training_and_evaluation_are_disjoint(alphabet):
+    """The default source, with every font of this machine: no reserved face, no reserved text."""
+    lines = SyntheticLines(alphabet, SIZE, length=300, seed=9)
+    faces = {(font.family, font.path) for family in lines.renderer.families.values() for font in family}
+    assert not any(is_reserved_face(*names) for names in faces)
+    rng = np.random.default_rng(0)
+    assert not any(is_reserved(lines.sampler.sample(rng)) for _ in range(500))
+
+
+# Pools
+
+
+def test_pool_holds_what_the_source_gives(pool, source):
+    for i in (0, 31, 32, 36):  # both sides of a chunk's border
+        for draw in range(3):
+            assert np.array_equal(pool.hr[i], source.record(i, draw)["hr"])
+            assert np.array_equal(pool.lr[i, draw], source.record(i, draw)["lr"])
+        record, expected = pool[i], source[i]
+        assert record["text"] == expected["text"] and record["origin"] == expected["origin"]
+        assert torch.equal(record["tokens"], expected["tokens"])
+        assert np.allclose(record["centers"], expected["centers"], atol=1e-4)
+
+
+def test_pool_does_not_depend_on_workers(pool, source, tmp_path):
+    alone = LinePool.build(tmp_path / "alone", source, 37, degradations=3, workers=1, progress=False)
+    for name in ("hr.npy", "lr.npy", "records.json"):
+        assert (alone.path / name).read_bytes() == (pool.path / name).read_bytes()
+
+
+def test_a_broken_build_leaves_nothing(alphabet, fonts, tmp_path):
+    class Faulty(SyntheticLines):
+        def line(self, index):
+            if index == 33:
+                raise RuntimeError("power cut")
+            return super().line(index)
+
+    faulty = Faulty(alphabet, SIZE, length=50, fonts=fonts, words="builtin")
+    with pytest.raises(RuntimeError, match="power cut"):
+        LinePool.build(tmp_path / "pool", faulty, workers=1, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pool_refusals(pool, source, tmp_path):
+    with pytest.raises(ValueError, match="exists already"):
+        LinePool.build(pool.path, source, 2)
+    with pytest.raises(ValueError, match="cannot take 51 lines"):
+        LinePool.build(tmp_path / "x", source, 51)
+    with pytest.raises(ValueError, match="records.json"):
+        LinePool(tmp_path)
+
+
+def test_all_degradations_of_a_pool_are_used(pool):
+    order = BatchOrder(len(pool), 37, seed=0)
+    used = {draw % 3 for k in range(3) for _, draw in order.batch(k)}
+    assert used == {0, 1, 2}
+
+
+# Order and loader
+
+
+@pytest.mark.parametrize("length, batch, world", [(37, 4, 1), (7, 2, 2), (5, 8, 3), (1, 3, 1)])
+def test_every_epoch_holds_every_record_once(length, batch, world):
+    orders = [BatchOrder(length, batch, seed=3, rank=rank, world=world) for rank in range(world)]
+    sequence = [i for k in range(5 * length) for order in orders for i, _ in order.batch(k)]
+    epochs = [sequence[e * length : (e + 1) * length] for e in range(4)]
+    assert all(sorted(epoch) == list(range(length)) for epoch in epochs)
+    assert length < 5 or epochs[0] != epochs[1]
+
+
+def test_order_is_a_function_of_seed_and_number():
+    forwards, backwards = BatchOrder(11, 3, seed=1), BatchOrder(11, 3, seed=1)
+    assert [forwards.batch(k) for k in range(9)] == [backwards.batch(k) for k in reversed(range(9))][::-1]
+    assert forwards.batch(0) != BatchOrder(11, 3, seed=2).batch(0)
+    for wrong in ({"length": 0}, {"batch_size": 0}, {"rank": 2, "world": 2}):
+        with pytest.raises(ValueError, match="cannot make batches"):
+            BatchOrder(**{"length": 5, "batch_size": 2, **wrong})
+
+
+def test_batches(pool):
+    batch = next(make_loader(pool, 5, 0))
+    assert batch["hr"].shape == batch["lr"].shape == (5, 3, *SIZE) and batch["hr"].dtype == torch.float32
+    assert batch["tokens"].shape == batch["centers"].shape == (5, MAX_LENGTH) and batch["tokens"].dtype == torch.long
+    assert pool.alphabet.decode_batch(batch["tokens"]) == batch["text"]
+    assert batch["hr"].is_contiguous() and -1 <= batch["hr"].min() <= batch["hr"].max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["pool", "synthetic"])
+def test_loader_resumes_and_does_not_depend_on_workers(kind, pool, source):
+    dataset = {"pool": pool, "synthetic": source}[kind]
+    whole = make_loader(dataset, 3, 7)
+    batches = [next(whole) for _ in range(4)]
+    for options in ({"start": 2}, {"start": 2, "workers": 2}):
+        resumed = next(make_loader(dataset, 3, 7, **options))
+        assert same(resumed, batches[2])
+
+
+def test_ranks_share_an_epoch(pool):
+    loaders = [make_loader(pool, 6, 2, rank=rank, world=3) for rank in range(3)]
+    order = BatchOrder(len(pool), 18, seed=2).batch(0)  # one process with a batch three times as large
+    together = [text for loader in loaders for text in next(loader)["text"]]
+    assert together == [pool.texts[i] for i, _ in order]
+
+
+# Data of others
+
+
+@pytest.fixture
+def ctr(tmp_path, source):
+    path = tmp_path / "ctr"
+    write_lmdb(path, [source.line(i) for i in range(6)])
+    return path
+
+
+def put(path, **pairs):
+    lmdb = pytest.importorskip("lmdb")
+    with lmdb.open(str(path)) as environment, environment.begin(write=True) as transaction:
+        for key, value in pairs.items():
+            transaction.put(key.replace("_", "-").encode(), value)
+
+
+def test_lmdb_round_trip(ctr, source, alphabet):
+    lines = LmdbLines(ctr, alphabet, SIZE, identity=1.0)
+    assert len(lines) == 6 and not lines.errors
+    for i in range(6):
+        assert np.array_equal(lines.line(i).hr, source.line(i).hr) and lines.line(i).text == source.line(i).text
+    assert (lines[0]["centers"] == -1).all()  # nobody knows them
+
+
+def test_lmdb_leaves_bad_records_out(ctr, source, alphabet):
+    square = np.zeros((50, 30, 3), np.uint8)
+    good = cv2.imencode(".jpg", np.zeros((40, 99, 3), np.uint8))[1].tobytes()
+    put(ctr, image_000000001=b"no picture", image_000000002=good[: len(good) // 2],
+        image_000000003=cv2.imencode(".png", square)[1].tobytes(), label_000000004=b"x" * 25)  # fmt: skip
+    lines = LmdbLines(ctr, alphabet, SIZE)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        texts = [lines[i]["text"] for i in range(6)] + [lines[i]["text"] for i in range(6)]
+    assert set(lines.errors) == {0, 1, 2, 3} and len(said) == 4
+    assert "0.60 times" in lines.errors[2] and "25 characters" in lines.errors[3]
+    assert texts[:5] == [source.line(4).text] * 5 and texts[5] == source.line(5).text
+
+
+def test_lmdb_without_a_good_record(ctr, alphabet):
+    put(ctr, **{f"image_{i:09d}": b"" for i in range(1, 7)})
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no good record"):
+        LmdbLines(ctr, alphabet, SIZE)[0]
+
+
+def test_lmdb_in_worker_processes(ctr, alphabet):
+    lines = LmdbLines(ctr, alphabet, SIZE)
+    lines[0]  # open in this process, then used in others
+    assert same(next(make_loader(lines, 4, 0, workers=2)), next(make_loader(lines, 4, 0)))
+
+
+def test_pairs_keep_their_own_low_resolution_side(alphabet):
+    folder = data_folder() / "samples"
+    pairs = PairFolder(folder, alphabet, SIZES["classroom"])
+    assert len(pairs) == len(SAMPLES) == 12
+    for i, row in enumerate(read_table(folder / "labels.tsv")):
+        line = pairs.line(i)
+        assert np.array_equal(line.lr, decode_image((folder / "lr" / row["file"]).read_bytes()))
+        assert line.text == row["text"] and line.hr.shape[0] == 128 and line.lr.shape[0] <= 128
+        assert abs(line.hr.shape[1] / 128 - line.lr.shape[1] / line.lr.shape[0]) < 0.1  # the same ratio
+        assert is_reserved(row["text"]) and is_reserved_face(row["font"])
+    assert same(pairs.record(0, 0), pairs.record(0, 1))
+
+
+def test_samples_are_what_the_table_says():
+    rows = read_table(data_folder() / "samples" / "labels.tsv")
+    told = [(row["text"], row["pipeline"], row["strength"]) for row in rows]
+    assert told == [(text, pipeline, strength) for text, _, pipeline, strength in SAMPLES]
+    assert all(row["font"].startswith(face) for row, (_, face, _, _) in zip(rows, SAMPLES, strict=True))
+
+
+def test_open_source(pool, ctr, alphabet, tmp_path):
+    assert isinstance(open_source(f"pool:{pool.path}", alphabet, SIZE, 0), LinePool)
+    assert isinstance(open_source(f"lmdb:{ctr}", alphabet, SIZE, seed=1), LmdbLines)
+    assert isinstance(open_source(f"pairs:{data_folder() / 'samples'}", alphabet, SIZE), PairFolder)
+    assert isinstance(open_source("synthetic", alphabet, SIZE), SyntheticLines)
+    with pytest.raises(ValueError, match="the model wants"):
+        open_source(f"pool:{pool.path}", alphabet, (64, 256))
+    for wrong in ("pool", "zip:x", "", "synthetic:x"):
+        with pytest.raises(ValueError, match="allowed: synthetic"):
+            open_source(wrong, alphabet, SIZE)
+    for kind in ("pool", "lmdb", "pairs"):
+        with pytest.raises(ValueError, match="nothing-here"):
+            open_source(f"{kind}:{tmp_path / 'nothing-here'}", alphabet, SIZE)
+
+
+def test_command_line(tmp_path):
+    def run(*options):
+        command = [sys.executable, "-m", "difftsr.dataset", *map(str, options)]
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "DIFFTSR_FONTS": ""})
+
+    done = run("--pool", tmp_path / "p", "--count", 5, "--degradations", 2, "--preset", "tiny", "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    described = json.loads((tmp_path / "p/records.json").read_text(encoding="utf-8"))
+    assert len(described["texts"]) == 5 and set("".join(described["texts"])) <= set(Alphabet.tiny().characters)
+    again = run("--pool", tmp_path / "p", "--count", 5, "--preset", "tiny")
+    assert again.returncode == 2 and "exists already" in again.stderr.splitlines()[-1]
+    assert run().returncode == 2

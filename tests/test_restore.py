@@ -1,0 +1,347 @@
+"""From any image file to a restored one: reading, shape, the call, and the command in a fresh process."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from difftsr.model import DiffTSR, preset
+from difftsr.restore import (
+    as_array,
+    canvas_to_line,
+    find_images,
+    legibility,
+    line_to_canvas,
+    load_image,
+    main,
+    restore,
+    restore_batch,
+    to_rgb,
+)
+from difftsr.sampling import sample
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A folder of weights of the tiny preset, with random numbers in layers that begin as zeros."""
+    torch.manual_seed(0)
+    model = DiffTSR(preset("tiny"))
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.untrained.clear()
+    return model.save(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def model(weights):
+    return DiffTSR.from_pretrained(weights)
+
+
+@pytest.fixture(scope="module")
+def line():
+    """A picture 90 x 30: red, green and blue thirds with a dark stroke."""
+    pixels = np.zeros((30, 90, 3), np.uint8)
+    pixels[:, :30, 0], pixels[:, 30:60, 1], pixels[:, 60:, 2] = 200, 150, 250
+    pixels[10:20, 5:85] //= 3
+    return Image.fromarray(pixels)
+
+
+def picture(image, kind="PNG", **settings):
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **settings)
+    return buffer.getvalue()
+
+
+# ---------------------------------------------------------------- files
+
+
+def stored(line, how):
+    """(bytes, expected pixels, tolerance) of the line in one of the ways in which files hold pictures."""
+    grey = line.convert("L")
+    as_rgb = np.asarray(grey.convert("RGB"))
+    if how == "rgb":
+        return picture(line), np.asarray(line), 0
+    if how == "grey":
+        return picture(grey), as_rgb, 0
+    if how == "grey 16 bits":
+        return picture(Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)), as_rgb, 0
+    if how == "one bit":
+        return picture(grey.convert("1")), np.asarray(grey.convert("1").convert("RGB")), 0
+    if how == "palette":
+        return picture(line.convert("P", palette=Image.Palette.ADAPTIVE)), np.asarray(line), 2
+    if how == "palette with transparency":
+        image = line.convert("P", palette=Image.Palette.ADAPTIVE, colors=8)
+        index = image.getpixel((0, 0))
+        expected = np.asarray(image.convert("RGB")).copy()
+        expected[np.asarray(image) == index] = 255
+        return picture(image, transparency=index), expected, 0
+    if how == "transparent":
+        alpha = np.zeros((30, 90), np.uint8)
+        alpha[:, 45:] = 255
+        expected = np.asarray(line).copy()
+        expected[:, :45] = 255
+        return picture(Image.fromarray(np.dstack([np.asarray(line), alpha]))), expected, 0
+    if how == "half transparent grey":
+        image = grey.convert("LA")
+        image.putalpha(128)
+        return picture(image), np.rint(255 + (as_rgb - 255.0) * 128 / 255), 1
+    if how == "CMYK":
+        return picture(line.convert("CMYK"), "TIFF"), np.asarray(line), 2
+    if how == "float":
+        return picture(Image.fromarray(np.asarray(grey, np.float32) / 255), "TIFF"), as_rgb, 1
+    if how == "turned":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        return picture(line.transpose(Image.Transpose.ROTATE_90), exif=exif), np.asarray(line), 0
+    raise AssertionError(how)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "rgb", "grey", "grey 16 bits", "one bit", "palette", "palette with transparency", "transparent",
+        "half transparent grey", "CMYK", "float", "turned",
+    ],
+)
+def test_every_kind_of_file_becomes_rgb(line, how, tmp_path):
+    content, expected, tolerance = stored(line, how)
+    path = tmp_path / "file"  # the content says what it is, not the name
+    path.write_bytes(content)
+    pixels = load_image(path)
+    assert pixels.dtype == np.uint8 and pixels.shape == (30, 90, 3)
+    assert np.abs(pixels.astype(float) - expected).max() <= tolerance
+
+
+BAD_FILES = {
+    "empty.png": (b"", "empty"),
+    "words.png": (b"these are words", "not an image"),
+    "tall.png": (picture(Image.new("RGB", (20, 60))), "too tall: 20 x 60"),
+    "long.png": (picture(Image.new("RGB", (900, 100))), "too long: 900 x 100"),
+    "speck.png": (picture(Image.new("RGB", (6, 3))), "too small: 6 x 3"),
+    "half.png": (picture(Image.effect_noise((300, 100), 50))[:3000], "cannot be decoded"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_are_refused_with_their_name_and_a_reason(tmp_path, name):
+    content, reason = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=reason) as error:
+        load_image(tmp_path / name)
+    message = str(error.value)
+    assert message.startswith(str(tmp_path / name)) and "\n" not in message
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    for path in (tmp_path / "nowhere.png", tmp_path):
+        with pytest.raises(ValueError, match="no such file"):
+            load_image(path)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (256, 32), (90, 30)])
+def test_the_allowed_ratios_are_one_to_eight(size):
+    assert as_array(Image.new("RGB", size)).shape == (size[1], size[0], 3)
+
+
+def test_arrays_of_another_kind_are_refused():
+    for array in (np.zeros((30, 90)), np.zeros((30, 90, 3)), np.zeros((30, 90, 4), np.uint8), [[0]]):
+        with pytest.raises(ValueError, match="uint8 array"):
+            as_array(array)
+
+
+# ---------------------------------------------------------------- shape and colour
+
+
+@pytest.mark.parametrize("ratio", [1.0, 2.37, 4.0, 8.0])
+def test_the_way_to_the_canvas_and_back_keeps_shape_and_colour(ratio):
+    width = round(40 * ratio)
+    red = np.zeros((40, width, 3), np.uint8)
+    red[..., 0], red[..., 2] = 201, 30
+    canvas = line_to_canvas(red, (128, 512))
+    assert canvas.shape == (3, 128, 512) and canvas.dtype == torch.float32
+    pixels = np.asarray(canvas_to_line(canvas, width / 40))
+    assert pixels.shape == (128, round(128 * width / 40), 3) and (pixels == [201, 0, 30]).all()
+
+
+def test_a_canvas_is_rounded_not_truncated():
+    canvas = torch.full((3, 128, 512), 100.7 / 127.5 - 1)
+    assert (np.asarray(canvas_to_line(canvas, 4.0)) == 101).all()
+    assert (np.asarray(canvas_to_line(torch.full((3, 128, 512), 1.5), 4.0)) == 255).all()
+
+
+def test_left_stays_left_and_red_stays_red(line):
+    pixels = np.asarray(canvas_to_line(line_to_canvas(np.asarray(line), (128, 512)), 3.0)).astype(int)
+    left, middle, right = (pixels[10:30, x : x + 40].mean((0, 1)).argmax() for x in (20, 170, 320))
+    assert (left, middle, right) == (0, 1, 2)
+
+
+# ---------------------------------------------------------------- the call
+
+
+@pytest.mark.parametrize("size", [(64, 64), (91, 30), (240, 30)])
+def test_a_restoration_has_height_128_and_the_ratio_of_its_input(model, size):
+    result = restore(model, Image.new("RGB", size, "white"), steps=1)
+    assert result.image.size == (round(128 * size[0] / size[1]), 128) and result.image.mode == "RGB"
+    assert len(result.confidence) == len(result.text) and all(0 <= p <= 1 for p in result.confidence)
+    assert result.trace == [] and isinstance(result.read_from_input, str)
+
+
+@pytest.mark.parametrize("mode", ["full", "baseline", "no-text"])
+def test_the_same_seed_gives_the_same_bytes(model, line, mode):
+    first, second, other = (restore(model, line, mode=mode, seed=seed) for seed in (3, 3, 4))
+    assert picture(first.image) == picture(second.image) and first.text == second.text
+    assert picture(first.image) != picture(other.image)
+
+
+def test_path_picture_and_array_are_the_same_line(model, line, tmp_path):
+    line.save(tmp_path / "line.png")
+    results = [restore(model, image, steps=2) for image in (tmp_path / "line.png", line, np.asarray(line))]
+    assert len({result.image.tobytes() for result in results}) == 1
+
+
+def test_a_loaded_model_restores_identically(model, line, tmp_path):
+    again = DiffTSR.from_pretrained(model.save(tmp_path))
+    assert restore(again, line, steps=2).image.tobytes() == restore(model, line, steps=2).image.tobytes()
+
+
+def test_a_batch_gives_each_line_what_it_gets_alone(model, line):
+    others = [line, line.rotate(180), Image.new("RGB", (70, 50), "white")]
+    together = restore_batch(model, others, steps=2, seed=5)
+    for image, result in zip(others, together):
+        alone = restore(model, image, steps=2, seed=5)
+        assert result.image.size == alone.image.size and result.text == alone.text
+        assert np.abs(np.asarray(result.image, int) - np.asarray(alone.image, int)).max() <= 1
+    assert restore_batch(model, []) == []
+
+
+def test_a_known_text_is_kept_with_characters_the_alphabet_lacks(model, line):
+    result = restore(model, line, steps=2, text="AB字9")
+    assert result.text == "AB字9" and result.confidence == [1.0] * 4
+    with pytest.raises(ValueError, match="24"):
+        restore(model, line, text="A" * 25)
+
+
+def test_candidates_try_again_and_the_most_legible_is_kept(model, line):
+    best = restore(model, line, steps=2, seed=10, candidates=3, text="A1")
+    tries = [restore(model, line, steps=2, seed=seed, text="A1") for seed in (10, 11, 12)]
+    assert best.image.tobytes() == tries[best.seed - 10].image.tobytes()
+    tokens = model.alphabet.encode("A1")[None]
+    lr = line_to_canvas(np.asarray(line), (32, 128))[None]
+    images = [sample(model, lr, steps=2, seed=seed, text=tokens).image for seed in (10, 11, 12)]
+    scores = [float(legibility(model, image, tokens)) for image in images]
+    assert best.seed - 10 == int(np.argmax(scores))
+    with pytest.raises(ValueError, match="candidates"):
+        restore(model, line, candidates=0)
+
+
+def test_a_trace_holds_every_step(model, line):
+    result = restore(model, line, steps=3, trace=True)
+    assert [step.t for step in result.trace] == [999, 665, 332] and result.trace[-1].s == -1
+    assert result.trace[0].c_t.shape == (1, 24) and result.trace[0].z_t.shape == (1, 4, 8, 32)
+
+
+def test_transparency_in_memory_is_put_on_white():
+    clear = Image.new("RGBA", (60, 20), (0, 0, 0, 0))
+    assert (np.asarray(to_rgb(clear)) == 255).all()
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def inputs(line, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    line.save(folder / "one.png")
+    line.resize((120, 30)).save(folder / "two.jpg")
+    return folder
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "difftsr.restore", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_in_a_fresh_process(inputs, weights, tmp_path):
+    """A folder and single files, good and bad: the good ones are restored, the bad ones named, the status is 2."""
+    for name, (content, _) in BAD_FILES.items():
+        (inputs / name).write_bytes(content)
+    output = tmp_path / "results" / "here"
+    result = run(inputs, tmp_path / "nowhere.png", "--output", output, "--weights", weights, "--steps", 2)
+    assert result.returncode == 2, result.stderr
+    errors = [row for row in result.stderr.splitlines() if row.startswith("error:")]
+    assert len(errors) == len(BAD_FILES) + 1 and "Traceback" not in result.stderr
+    for name, (_, reason) in {**BAD_FILES, "nowhere.png": (b"", "no such file")}.items():
+        assert any(name in row and reason in row for row in errors)
+    assert sorted(path.name for path in output.iterdir()) == ["one.json", "one.png", "two.json", "two.png"]
+    report = json.loads((output / "two.json").read_text(encoding="utf-8"))
+    assert report["size"] == [512, 128] and report["mode"] == "full" and report["steps"] == 2 and report["seed"] == 0
+    assert len(report["confidence"]) == len(report["text"])
+    with Image.open(output / "one.png") as image:
+        assert image.size == (384, 128)
+
+
+def test_the_command_repeats_itself_to_the_byte_and_says_0(inputs, weights, tmp_path, capsys):
+    contents = []
+    for name in ("a", "b"):
+        command = [inputs, "--output", tmp_path / name, "--weights", weights, "--steps", 2, "--seed", 9]
+        assert main([str(argument) for argument in command]) == 0
+        contents.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+    assert contents[0] == contents[1] and len(contents[0]) == 4
+    assert "error" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        (["--steps", "0"], "steps must lie in 1..1000"),
+        (["--steps", "1001"], "steps must lie in 1..1000"),
+        (["--weights", "nobody"], "nobody: no weights here"),
+        (["--candidates", "0"], "candidates"),
+        (["--text", "A" * 25], "24"),
+        (["--mode", "no-text", "--text", "A"], "no-text"),
+        (["--device", "abacus"], "abacus"),
+    ],
+)
+def test_what_is_wrong_for_all_is_said_once(inputs, weights, tmp_path, capsys, extra, reason):
+    arguments = [str(inputs), "--output", str(tmp_path / "out"), *extra]
+    if "--weights" not in extra:
+        arguments += ["--weights", str(weights)]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and said[0].startswith("error: ") and reason in said[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_images_is_an_error(weights, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    assert main([str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--weights", str(weights)]) == 2
+    assert "no image in" in capsys.readouterr().err
+
+
+def test_results_never_replace_inputs_or_each_other(inputs, weights, tmp_path, capsys):
+    before = (inputs / "one.png").read_bytes()
+    arguments = ["--weights", str(weights), "--steps", "1"]
+    assert main([str(inputs / "one.png"), "--output", str(inputs), *arguments]) == 2
+    assert (inputs / "one.png").read_bytes() == before
+    assert "its own input" in capsys.readouterr().err
+    shutil.copy(inputs / "two.jpg", inputs / "one.jpg")
+    assert main([str(inputs), "--output", str(tmp_path / "out"), *arguments]) == 2
+    assert "one.png" in capsys.readouterr().err and len(list((tmp_path / "out").iterdir())) == 4
+
+
+def test_a_folder_gives_its_images_in_order(inputs, tmp_path):
+    (inputs / "note.txt").write_text("x")
+    (inputs / ".hidden.png").write_bytes(b"")
+    found = find_images([inputs, tmp_path / "other.tif"])
+    assert [path.name for path in found] == ["one.png", "two.jpg", "other.tif"]
