@@ -359,6 +359,7 @@ class LmdbLines(LineSource):
             if not Path(self.path).exists():
                 raise ValueError(f"{self.path} does not exist")
             folder = Path(self.path).is_dir()
+            self._environment = None  # lets go of the parent's: lmdb opens a file only once
             self._environment = lmdb.open(self.path, readonly=True, lock=False, readahead=False, subdir=folder)
             self._process = os.getpid()
         with self._environment.begin() as transaction:

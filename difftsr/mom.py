@@ -177,7 +177,9 @@ class MoMStage:
         settings = dict(lr=self.config.learning_rate, weight_decay=self.config.weight_decay, betas=(0.9, 0.99))
         return {"mom": torch.optim.AdamW(model.mom.parameters(), **settings)}
 
-    def losses(self, model: nn.Module, batch: dict, generator: torch.Generator) -> Iterator[tuple[Tensor, str, dict]]:
+    def losses(
+        self, model: nn.Module, batch: dict, generator: torch.Generator
+    ) -> Iterator[tuple[Tensor, str, dict]]:
         """L_IDM + lambda L_TDM at one t. MoM sees the noised text and the real reading, never the label."""
         idm, tdm = model.idm, model.tdm
         tokens, (z_hr, z_lr) = batch["tokens"], latents(model.vae, batch)

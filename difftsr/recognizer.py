@@ -469,6 +469,12 @@ class TransOCR(nn.Module):
             self.generator_word = TiedClassifier(c.dim, c.num_classes, c.character_dim)
             self.generator_column = TiedClassifier(c.dim, c.num_classes, c.character_dim)  # for CTC
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *arguments) -> None:
+        """Weights of a network that was never calibrated may come without a temperature: it stays 1."""
+        if not self.config.published:
+            state_dict.setdefault(prefix + "temperature", torch.ones(()))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     # --- the image ---
 
     def features(self, images: Tensor) -> Tensor:

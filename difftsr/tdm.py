@@ -181,7 +181,7 @@ class Attention(nn.Module):
         return self.to_out(rearrange(self.mix(q, k, v, bias), "b h n e -> b n (h e)"))
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The values (B, h, m, e) as each query (B, h, n, e) weighs them; `bias` (B, h, n, m) is added to the scores."""
+        """Values (B, h, m, e) as each query (B, h, n, e) weighs them; `bias` (B, h, n, m) is added to the scores."""
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 # %% ../notebooks/08_tdm.ipynb #3dfd1515

@@ -546,6 +546,7 @@ class VAETraining:
     disc_start: int | None = None  # first step of the patch GAN; None: no discriminator
     disc_weight: float = 0.5
     lr_fraction: float = 0.25  # share of crops taken from LR images: the encoder meets both
+    decoder_only: bool = False  # keep the latent space as it is, e.g. once an IDM lives in it
     reference: bool = False  # the published normalisation of the loss, on images in [0, 1]
 
     @classmethod
@@ -660,6 +661,9 @@ class VAEStage:
 
     def optimizers(self, model: nn.Module) -> dict[str, torch.optim.Optimizer]:
         w = self.training
+        if w.decoder_only:
+            model.vae.encoder.requires_grad_(False)
+            model.vae.quant_conv.requires_grad_(False)
         trained: dict[str, nn.Module] = {"vae": model.vae}
         if w.disc_start is not None:
             trained["discriminator"] = self.loss.discriminator
@@ -698,4 +702,6 @@ class VAEStage:
 
     def finish(self, model: nn.Module, loader: Iterable[dict[str, Any]], batches: int = 16) -> None:
         """After training: measure the latent's shift and scale on HR lines of so many batches."""
+        if self.training.decoder_only:
+            return
         model.vae.measure_scale(batch["hr"] for batch in islice(loader, batches))

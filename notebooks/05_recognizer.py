@@ -234,7 +234,7 @@ assert characters(three).allclose(characters.weight[three])
 fig, axes = plt.subplots(1, 12, figsize=(8, 1))
 packed = unpack_bits(characters.glyphs).unflatten(1, (24, 24))
 for k, (axis, bitmap) in enumerate(zip(axes, packed, strict=True)):
-    axis.imshow(~bitmap), axis.set_title(["PAD", "UNK", *digits.characters][k]), axis.axis("off")
+    axis.imshow(~bitmap, vmin=0, vmax=1), axis.set_title(["PAD", "UNK", *digits.characters][k]), axis.axis("off")
 plt.show()
 
 # %% [markdown]
@@ -314,7 +314,7 @@ class Reading:
 
 # %%
 known = Reading.of(digits.encode_batch(["307", "15"]), prob=0.9)
-print(known.text(digits), known.confidence[0, :3], known.centers[0, :4])
+print(known.text(digits), known.confidence[0, :3].numpy(), known.centers[0, :4].numpy().round(2))
 assert known[1:].text(digits) == ["15"] and len(known) == 2
 assert (known.centers[1] >= 0).sum() == 2 and known.tokens.shape == (2, 24, 1)
 assert Reading.none(3).probs.sum() == 0
@@ -377,13 +377,13 @@ class RecognizerConfig:
 
 # %%
 line = Image.new("L", (512, 128), 255)
-ImageDraw.Draw(line).text((256, 64), "30° 1852-64 ii", 0, font=fonts[0].pillow(64), anchor="mm")
+ImageDraw.Draw(line).text((256, 64), "No. 1852-64 iil", 0, font=fonts[1].pillow(72), anchor="mm")
 big = torch.from_numpy(np.float32(line) / 127.5 - 1)[None, None]
 averaged = F.interpolate(big, (32, 256), mode="bilinear", antialias=True)
 shrunk = {"nearest": F.interpolate(big, (32, 256)), "bilinear, antialiased": averaged}
-fig, axes = plt.subplots(1, 2, figsize=(8, 0.9))
+fig, axes = plt.subplots(1, 2, figsize=(8, 1.2))
 for axis, (name, small) in zip(axes, shrunk.items(), strict=True):
-    axis.imshow(small[0, 0], vmin=-1, vmax=1), axis.set_title(name), axis.axis("off")
+    axis.imshow(small[0, 0, :, 100:], vmin=-1, vmax=1), axis.set_title(name), axis.axis("off")
 plt.show()
 
 
@@ -811,6 +811,12 @@ class TransOCR(nn.Module):
             self.norm = nn.LayerNorm(c.dim)
             self.generator_word = TiedClassifier(c.dim, c.num_classes, c.character_dim)
             self.generator_column = TiedClassifier(c.dim, c.num_classes, c.character_dim)  # for CTC
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *arguments) -> None:
+        """Weights of a network that was never calibrated may come without a temperature: it stays 1."""
+        if not self.config.published:
+            state_dict.setdefault(prefix + "temperature", torch.ones(()))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     # --- the image ---
 

@@ -721,7 +721,7 @@ assert sum(p.numel() for p in published.parameters()) == 874_024_003
 # %% [markdown]
 # ## 6. Can it write?
 #
-# The text must be able to steer the picture. The smallest experiment: an empty input, the names of four digits, their places, and
+# The text must be able to steer the picture. The smallest experiment: an empty input, the names of three digits, their places, and
 # a picture of exactly these digits as the target. No noise, no degradation: all the network has to learn is to write. We
 # train it twice for 100 steps, once with places and once the way the published network gets its text: with the number of each
 # character in the line and nothing else.
@@ -730,18 +730,19 @@ assert sum(p.numel() for p in published.parameters()) == 874_024_003
 alphabet = Alphabet.tiny()
 digits = alphabet.encode("0123456789")[:10]
 shapes = torch.as_tensor(glyph_bitmaps(alphabet))[digits].float() / 255  # (10, 24, 24)
-shapes = F.interpolate(shapes[None], size=(12, 12), mode="area")[0]
+shapes = F.interpolate(shapes[None], size=(8, 8), mode="area")[0]
 
 
 def draw_digits(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures (B, 1, 12, 64) of four digits at random places, their classes (B, 4) and centres (B, 4)."""
-    classes = torch.randint(0, 10, (batch, 4), generator=generator)
-    left = 16 * torch.arange(4) + torch.randint(0, 5, (batch, 4), generator=generator)  # first column of each digit
-    pictures = torch.zeros(batch, 1, 12, 64)
+    """Pictures (B, 1, 8, 32) of three digits at random places, their classes (B, 3) and centres (B, 3)."""
+    classes = torch.randint(0, 10, (batch, 3), generator=generator)
+    left = 10 * torch.arange(3) + torch.randint(0, 5, (batch, 3), generator=generator)  # first column of each digit
+    left = left.clamp(max=24)
+    pictures = torch.zeros(batch, 1, 8, 32)
     for line in range(batch):
         for digit, column in zip(classes[line], left[line], strict=True):
-            pictures[line, 0, :, column : column + 12] = shapes[digit]
-    return pictures, classes, (left + 6) / 64
+            pictures[line, 0, :, column : column + 8] = shapes[digit]
+    return pictures, classes, (left + 4) / 32
 
 
 pictures, classes, centers = draw_digits(3, torch.Generator().manual_seed(1))
@@ -753,17 +754,17 @@ plt.show()
 
 # %%
 class Writer(nn.Module):
-    """A small U-Net that draws the digits it is told."""
+    """A U-Net of a single level that draws the digits it is told."""
 
     def __init__(self, places: bool):
         super().__init__()
         self.places = places
-        self.unet = UNet(UNetConfig(1, 1, 16, (1, 2), 1, (1, 2), 2, 32, groups=4, position_codes=places))
-        self.digit, self.order = nn.Embedding(10, 32), nn.Parameter(torch.randn(4, 32))
+        self.unet = UNet(UNetConfig(1, 1, 24, (1,), 1, (1,), 2, 32, groups=4, position_codes=places))
+        self.digit, self.order = nn.Embedding(10, 32), nn.Parameter(torch.randn(3, 32))
 
     def forward(self, classes: Tensor, centers: Tensor) -> Tensor:
-        empty = torch.zeros(len(classes), 1, 12, 64)
-        text = self.digit(classes) + self.order  # (B, 4, 32)
+        empty = torch.zeros(len(classes), 1, 8, 32)
+        text = self.digit(classes) + self.order  # (B, 3, 32)
         return self.unet(empty, torch.zeros(len(classes)), text, centers if self.places else None)
 
 
@@ -772,7 +773,7 @@ def train_writer(places: bool, steps: int = 100) -> tuple[Writer, list[float]]:
     writer, generator = Writer(places), torch.Generator().manual_seed(2)
     optimizer, history = torch.optim.AdamW(writer.parameters(), lr=4e-3), []
     for _ in range(steps):
-        pictures, classes, centers = draw_digits(16, generator)
+        pictures, classes, centers = draw_digits(12, generator)
         loss = F.mse_loss(writer(classes, centers), pictures)
         optimizer.zero_grad()
         loss.backward()
@@ -799,7 +800,7 @@ for axis, (name, image) in zip(axes[1:], {"asked for": pictures, **written}.item
     axis.set(title=name)
     axis.axis("off")
 plt.show()
-assert errors["with places"] < 0.6 * errors["without"]
+assert errors["with places"] < 0.8 * errors["without"]
 
 # %% [markdown]
 # Same network, same steps, same data. Told where the characters stand it begins to write almost at once; without, it has

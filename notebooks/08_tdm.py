@@ -9,11 +9,16 @@
 # %% [markdown]
 # # 08 · The text diffusion model (TDM)
 #
-# **What you will build.** A diffusion model whose images are strings: it turns a line of random characters, step by step, into the text of the picture. You build the noise (multinomial diffusion, in log space), the transformer that removes it, the rule for a step of any length, the variational bound, and the training stage.
+# **What you will build.** A diffusion model whose images are strings: it turns a line of random characters, step by
+# step, into the text of the picture. You build the noise (multinomial diffusion, in log space), the transformer that
+# removes it, the rule for a step of any length, the variational bound, and the training stage.
 #
-# **What you will understand.** How "noise" works on letters. Why everything is done in logarithms. How Bayes' rule turns a guess of the clean text into one step backwards, and why the same guess needs another rule when it was learned by cross-entropy. Why the released code hardly ever corrects a character, which is one wrong index.
+# **What you will understand.** How "noise" works on letters. Why everything is done in logarithms. How Bayes' rule
+# turns a guess of the clean text into one step backwards, and why the same guess needs another rule when it was
+# learned by cross-entropy. Why the released code hardly ever corrects a character, which is one wrong index.
 #
-# **What you need.** Lessons 05 (the reader and its `Reading`) and 07 (diffusion on latents). One minute and 1 GB on two CPU cores.
+# **What you need.** Lessons 05 (the reader and its `Reading`) and 07 (diffusion on latents). One minute and 1 GB on
+# two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/08_tdm.ipynb)
@@ -73,6 +78,9 @@ from difftsr.text_lines import PAD
 from difftsr.unet import DistanceBias, column_centers
 
 # %%
+from itertools import product
+
+import ipywidgets as widgets
 import numpy as np
 from matplotlib import pyplot as plt
 
@@ -95,7 +103,10 @@ plt.rcParams["figure.dpi"] = 80
 #
 # ## 1. Noise for letters
 #
-# A pixel can be a little brighter. A letter cannot be a little more like the next one: 3 and 4 are neighbours only in the code table. So the noise of *multinomial diffusion* (Hoogeboom et al. 2021, section 4) does not move a character, it replaces it: with probability $\alpha_t$ the character stays, otherwise a die with $K$ sides is thrown,
+# A pixel can be a little brighter. A letter cannot be a little more like the next one: 3 and 4 are neighbours only in
+# the code table. So the noise of *multinomial diffusion* (Hoogeboom et al. 2021, section 4) does not move a
+# character, it replaces it: with probability $\alpha_t$ the character stays, otherwise a die with $K$ sides is
+# thrown,
 #
 # $$q(c_t \mid c_{t-1}) = \alpha_t\,[c_t = c_{t-1}] + (1 - \alpha_t)\,/K .$$
 #
@@ -112,7 +123,8 @@ print(step.round(2))
 assert np.allclose(step.sum(1), 1)
 
 # %% [markdown]
-# Many steps are a product of matrices, and the product has the same form again, with $\bar\alpha = \prod \alpha$. A character that starts as class 1 is, after some steps, described by row 1.
+# Many steps are a product of matrices, and the product has the same form again, with $\bar\alpha = \prod \alpha$. A
+# character that starts as class 1 is, after some steps, described by row 1.
 
 # %%
 alphas = [0.9, 0.8, 0.7, 0.6]
@@ -121,11 +133,15 @@ assert np.allclose(naive, one_step_matrix(np.prod(alphas), 5))
 print("row 1 after four steps:", naive[1].round(2), " alpha_bar:", np.prod(alphas).round(2))
 
 # %% [markdown]
-# For the paper's alphabet a matrix has $6736^2 = 45$ million entries, for 1,000 steps. Nobody needs them: keep the *vector* of probabilities and apply "multiply by $\alpha$, add $(1-\alpha)/K$".
+# For the paper's alphabet a matrix has $6736^2 = 45$ million entries, for 1,000 steps. Nobody needs them: keep the
+# *vector* of probabilities and apply "multiply by $\alpha$, add $(1-\alpha)/K$".
 #
 # ## 2. The same in log space
 #
-# Probabilities of text become tiny: at small $t$ a wrong character has probability $10^{-9}$, and the posterior multiplies such numbers. So the code keeps logarithms. A product becomes a sum; the sum $a + b$ becomes $\log(e^{\log a} + e^{\log b})$, which `torch.logaddexp` computes without overflow. A zero is written as $\log 10^{-30}$. The classes are on axis 1, as in `F.cross_entropy`: `(B, K, n)`.
+# Probabilities of text become tiny: at small $t$ a wrong character has probability $10^{-9}$, and the posterior
+# multiplies such numbers. So the code keeps logarithms. A product becomes a sum; the sum $a + b$ becomes
+# $\log(e^{\log a} + e^{\log b})$, which `torch.logaddexp` computes without overflow. A zero is written as $\log
+# 10^{-30}$. The classes are on axis 1, as in `F.cross_entropy`: `(B, K, n)`.
 
 # %%
 #| export
@@ -154,7 +170,8 @@ print(log_x.shape, "\n", log_x[0].exp())
 
 
 # %% [markdown]
-# The schedule: the *cosine* form that the released code uses. It takes the square root of the ratio, so that $\bar\alpha_t \approx \cos(\frac{\pi}{2} t/T)$ and not its square, as for images.
+# The schedule: the *cosine* form that the released code uses. It takes the square root of the ratio, so that
+# $\bar\alpha_t \approx \cos(\frac{\pi}{2} t/T)$ and not its square, as for images.
 
 # %%
 #| export
@@ -286,7 +303,8 @@ torch.testing.assert_close(ours.double(), after_4, atol=1e-6, rtol=0)
 print(ours)
 
 # %% [markdown]
-# How much of a text is left? `alpha_bar` says it, and a line of text shows it. `q_sample` needs no vector of 6,736 probabilities at all: a **coin** that shows "keep" with probability $\bar\alpha_t$, and a **die** for the rest.
+# How much of a text is left? `alpha_bar` says it, and a line of text shows it. `q_sample` needs no vector of 6,736
+# probabilities at all: a **coin** that shows "keep" with probability $\bar\alpha_t$, and a **die** for the rest.
 
 # %%
 alphabet = Alphabet.tiny()
@@ -312,8 +330,6 @@ plt.show()
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-import ipywidgets as widgets
-
 slider, shown = widgets.IntSlider(value=500, min=0, max=999, description="t"), widgets.Label()
 
 
@@ -333,15 +349,17 @@ widgets.VBox([slider, shown])
 #
 # Suppose somebody tells us $c_0$. What was $c_s$, given $c_t$? Bayes' rule, with $s$ any earlier level:
 #
-# $$q(c_s \mid c_t, c_0) \;\propto\; \underbrace{q(c_s \mid c_0)}_{\bar\alpha_s}\;\underbrace{q(c_t \mid c_s)}_{\bar\alpha_t / \bar\alpha_s}$$
+# $$q(c_s \mid c_t, c_0) \;\propto\; \underbrace{q(c_s \mid c_0)}_{\bar\alpha_s}\;\underbrace{q(c_t \mid
+# c_s)}_{\bar\alpha_t / \bar\alpha_s}$$
 #
-# Three lines of code: blur the clean text to level $s$; blur $c_t$ by the noise between $s$ and $t$ (as a function of $c_s$, which is allowed because uniform noise is symmetric); add the logarithms and normalise. For $s = -1$ nothing is blurred: $\bar\alpha_{-1} = 1$.
+# Three lines of code: blur the clean text to level $s$; blur $c_t$ by the noise between $s$ and $t$ (as a function of
+# $c_s$, which is allowed because uniform noise is symmetric); add the logarithms and normalise. For $s = -1$ nothing
+# is blurred: $\bar\alpha_{-1} = 1$.
 #
-# Do not believe it; count. With 3 characters and 4 steps we can walk **every path** from $c_0$ to $c_t$ and add up the probabilities of those that pass through each $c_s$.
+# Do not believe it; count. With 3 characters and 4 steps we can walk **every path** from $c_0$ to $c_t$ and add up
+# the probabilities of those that pass through each $c_s$.
 
 # %%
-from itertools import product
-
 tiny = MultinomialDiffusion(3, 4)
 steps_naive = [one_step_matrix(a, 3) for a in tiny.log_alpha.exp().numpy()]
 t, s, c_0, c_t = 3, 1, 0, 2
@@ -356,13 +374,14 @@ log_x0, log_x_t = (tiny.log_onehot(torch.tensor([[c]])) for c in (c_0, c_t))
 blurred_start = tiny.q_pred(log_x0, s)  # ln q(c_s | c_0)
 way_up = tiny.q_pred_between(log_x_t, t, s)  # ln q(c_t | c_s)
 line_by_line = normalise(blurred_start + way_up).exp()[0, :, 0]
-print("by counting paths:", by_hand.round(4), "\nby the three lines:", line_by_line.numpy().round(4))
+print("by counting paths:", by_hand.round(3), "\nby the three lines:", line_by_line.numpy().round(3))
 assert np.allclose(by_hand, line_by_line, atol=1e-6)
 assert torch.allclose(line_by_line, tiny.posterior(log_x0, log_x_t, t, s).exp()[0, :, 0])
 
 
 # %% [markdown]
-# An *oracle*, a denoiser that knows the truth, must therefore arrive at it with any number of steps. This small loop is the sampler of lesson 11, reduced to the text.
+# An *oracle*, a denoiser that knows the truth, must therefore arrive at it with any number of steps. This small loop
+# is the sampler of lesson 11, reduced to the text.
 
 # %%
 def backwards(steps, start=999):
@@ -382,17 +401,25 @@ for steps in (1, 4, 20, 200):
 # %% [markdown]
 # ## 4. One step back from a guess: two rules
 #
-# A network does not know $c_0$; it gives probabilities $p(c_0 \mid c_t)$. There are two ways to go on, and they are not the same.
+# A network does not know $c_0$; it gives probabilities $p(c_0 \mid c_t)$. There are two ways to go on, and they are
+# not the same.
 #
-# **Plug-in**: put $p$ where the one-hot $c_0$ stood. This is what the paper does, and it is right for a network that was *trained through this formula* with the variational bound (section 8): whatever comes out of it was fitted.
+# **Plug-in**: put $p$ where the one-hot $c_0$ stood. This is what the paper does, and it is right for a network that
+# was *trained through this formula* with the variational bound (section 8): whatever comes out of it was fitted.
 #
-# **Mixture**: a network trained with cross-entropy gives honest probabilities, and honest probabilities want the law of total probability,
+# **Mixture**: a network trained with cross-entropy gives honest probabilities, and honest probabilities want the law
+# of total probability,
 #
-# $$p(c_s \mid c_t) = \sum_{c_0} p(c_0 \mid c_t)\; q(c_s \mid c_t, c_0) \;\propto\; q(c_t \mid c_s) \sum_{c_0} \frac{p(c_0 \mid c_t)}{q(c_t \mid c_0)}\, q(c_s \mid c_0).$$
+# $$p(c_s \mid c_t) = \sum_{c_0} p(c_0 \mid c_t)\; q(c_s \mid c_t, c_0) \;\propto\; q(c_t \mid c_s) \sum_{c_0}
+# \frac{p(c_0 \mid c_t)}{q(c_t \mid c_0)}\, q(c_s \mid c_0).$$
 #
-# The right-hand side is the plug-in formula applied to $p / q(c_t \mid c_0)$, renormalised: one subtraction more in log space (`posterior_mixture`). Why divide? $p(c_0 \mid c_t)$ already contains the evidence of $c_t$, and the plug-in formula would count it a second time.
+# The right-hand side is the plug-in formula applied to $p / q(c_t \mid c_0)$, renormalised: one subtraction more in
+# log space (`posterior_mixture`). Why divide? $p(c_0 \mid c_t)$ already contains the evidence of $c_t$, and the
+# plug-in formula would count it a second time.
 #
-# An experiment without any training: the texts are single characters with known frequencies (the `prior`), so the perfect cross-entropy network is known in closed form. We propagate the exact distribution through $S$ steps. A correct sampler ends at the prior.
+# An experiment without any training: the texts are single characters with known frequencies (the `prior`), so the
+# perfect cross-entropy network is known in closed form. We propagate the exact distribution through $S$ steps. A
+# correct sampler ends at the prior.
 
 # %%
 prior = torch.randn(200, generator=torch.Generator().manual_seed(0)).mul(2).softmax(0)
@@ -432,9 +459,15 @@ plt.show()
 #
 # ## 5. Where the text starts decides how much the reader is trusted
 #
-# > **Where the released code departs (row 2).** The released sampler starts from the recognised text and hands the TDM the *number of the step* (199, 198, ..., 0) instead of the time (999, 994, ...). At $t = 199$ only one character in twenty has been replaced by noise, so a character that looks like noise is almost never suspected. With 20 steps $t$ never exceeds 19.
+# > **Where the released code departs (row 2).** The released sampler starts from the recognised text and hands the
+# > TDM the *number of the step* (199, 198, ..., 0) instead of the time (999, 994, ...). At $t = 199$ only one
+# > character in twenty has been replaced by noise, so a character that looks like noise is almost never suspected.
+# > With 20 steps $t$ never exceeds 19.
 #
-# In numbers: the TDM is sure of the right character (0.99) and gives the misread one 0.001. How often does the misread character get corrected, if the text starts as the reading, taken for $c_t$ at a certain level? Only three kinds of characters matter (right, read, any other), so the chain is a $3 \times 3$ matrix, exactly computed for $K = 6736$.
+# In numbers: the TDM is sure of the right character (0.99) and gives the misread one 0.001. How often does the
+# misread character get corrected, if the text starts as the reading, taken for $c_t$ at a certain level? Only three
+# kinds of characters matter (right, read, any other), so the chain is a $3 \times 3$ matrix, exactly computed for $K
+# = 6736$.
 
 # %%
 paper = MultinomialDiffusion(6736)
@@ -463,15 +496,20 @@ assert released < 0.01 < 0.9 < corrected(backwards(20, 999))
 
 
 # %% [markdown]
-# The start level *is* the trust in the reader, and the number of steps does not matter once the step is strided properly. This project starts at $T - 1$, pure noise, and lets the reading enter as a **condition** of the network, with its confidence, where the network can weigh it.
+# The start level *is* the trust in the reader, and the number of steps does not matter once the step is strided
+# properly. This project starts at $T - 1$, pure noise, and lets the reading enter as a **condition** of the network,
+# with its confidence, where the network can weigh it.
 #
 # ## 6. The denoiser
 #
 # What may a network look at to guess the clean text?
 #
 # * the noised text `c_t` and the time $t$;
-# * what the **reader** made of the degraded line, with its doubts: the expected character vector of its five best guesses, $\sum_k p_k E[k]$, and the confidence;
-# * the **image**, as columns from left to right (the published code cuts the latent into slices of memory that run across colour channels: row 7). A column token is made of the reader's feature map and of the latent of the degraded line, and later MoM adds what the half-restored image shows.
+# * what the **reader** made of the degraded line, with its doubts: the expected character vector of its five best
+#   guesses, $\sum_k p_k E[k]$, and the confidence;
+# * the **image**, as columns from left to right (the published code cuts the latent into slices of memory that run
+#   across colour channels: row 7). A column token is made of the reader's feature map and of the latent of the
+#   degraded line, and later MoM adds what the half-restored image shows.
 #
 # Time and places are given as sines and cosines.
 
@@ -501,7 +539,7 @@ class Attention(nn.Module):
         return self.to_out(rearrange(self.mix(q, k, v, bias), "b h n e -> b n (h e)"))
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The values (B, h, m, e) as each query (B, h, n, e) weighs them; `bias` (B, h, n, m) is added to the scores."""
+        """Values (B, h, m, e) as each query (B, h, n, e) weighs them; `bias` (B, h, n, m) is added to the scores."""
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
@@ -513,7 +551,9 @@ assert sinusoid(torch.tensor([0.0]), 8).tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]]
 
 
 # %% [markdown]
-# A layer: the tokens look at each other, then at the columns, then think alone. The reader also says *where* each character stands, so attention to columns gets a head start from `DistanceBias` (lesson 06): columns near the character's place are preferred, with a width that each head learns.
+# A layer: the tokens look at each other, then at the columns, then think alone. The reader also says *where* each
+# character stands, so attention to columns gets a head start from `DistanceBias` (lesson 06): columns near the
+# character's place are preferred, with a width that each head learns.
 
 # %%
 #| export
@@ -556,7 +596,8 @@ class TDMLayer(nn.Module):
 
 
 # %% [markdown]
-# Every denoiser can make a step: predict, apply the rule it was trained for, draw. And a prediction can be passed on as a `Reading`, which is how the image diffusion will hear of it.
+# Every denoiser can make a step: predict, apply the rule it was trained for, draw. And a prediction can be passed on
+# as a `Reading`, which is how the image diffusion will hear of it.
 
 # %%
 #| export
@@ -606,7 +647,10 @@ def top_reading(log_p0: Tensor, reading: Reading, k: int = 5) -> Reading:
 
 
 # %% [markdown]
-# Now the network. The logits compare the result with the **same** character vectors that came in (glyphs included), so a character that was rarely seen in training can still be recognised by its shape. `repeat_at_first` makes the output the transposed input: before any training the network already answers with the characters it was given, and what it has to learn is when not to.
+# Now the network. The logits compare the result with the **same** character vectors that came in (glyphs included),
+# so a character that was rarely seen in training can still be recognised by its shape. `repeat_at_first` makes the
+# output the transposed input: before any training the network already answers with the characters it was given, and
+# what it has to learn is when not to.
 
 # %%
 #| export
@@ -697,7 +741,10 @@ assert torch.allclose(moved, tdm.columns(features, z_lr).roll(1, 1), atol=1e-5) 
 # %% [markdown]
 # ## 7. The published denoiser
 #
-# The paper's transformer has 12 layers of width 768. Half of its 16 self-attention heads are *local* (a window of four characters sees itself and both neighbours), half are *linear* attention; a scalar `rezero.alpha` that starts at zero multiplies the logits. Its time vectors for all layers come from one layer, laid out with the depth as the fastest axis. The attribute names are those of the published weights.
+# The paper's transformer has 12 layers of width 768. Half of its 16 self-attention heads are *local* (a window of
+# four characters sees itself and both neighbours), half are *linear* attention; a scalar `rezero.alpha` that starts
+# at zero multiplies the logits. Its time vectors for all layers come from one layer, laid out with the depth as the
+# fastest axis. The attribute names are those of the published weights.
 
 # %%
 #| export
@@ -850,13 +897,16 @@ assert count == 211_099_217
 # %% [markdown]
 # ## 8. Two losses
 #
-# **The variational bound.** $-\log p(c_0)$ is at most a sum of one term for each step: the divergence between the true step back (which Bayes gives us, section 3) and the network's step, plus a likelihood at $t = 0$ and a constant for the very noisiest text. One random $t$ for each line estimates the sum,
+# **The variational bound.** $-\log p(c_0)$ is at most a sum of one term for each step: the divergence between the
+# true step back (which Bayes gives us, section 3) and the network's step, plus a likelihood at $t = 0$ and a constant
+# for the very noisiest text. One random $t$ for each line estimates the sum,
 #
 # $$\frac{1}{p_t}\,\mathrm{KL}\big(q(c_{t-1} \mid c_t, c_0) \,\|\, p(c_{t-1} \mid c_t)\big),$$
 #
 # and `ImportanceSampler` draws those $t$ more often whose terms are large.
 #
-# **Cross-entropy** of $p(c_0 \mid c_t)$ asks for the same optimum with every $t$ weighing alike. It is calmer, and it is what this project trains with.
+# **Cross-entropy** of $p(c_0 \mid c_t)$ asks for the same optimum with every $t$ weighing alike. It is calmer, and it
+# is what this project trains with.
 
 # %%
 #| export
@@ -915,7 +965,11 @@ plt.show()
 # %% [markdown]
 # ## 9. The training stage
 #
-# One rule above all: **in training the network must see what it will see at restoration time.** The reading it is told is the real one in half of the lines, the truth with random confidences in a quarter, a typical misreading in 15 %, nothing in 10 % (`text_conditions`, lesson 07). The target is always the truth. The log compares the network with the reader at small, middle and large $t$; at large $t$, where `c_t` says nothing, it must beat the reader by looking and by knowing what words look like.
+# One rule above all: **in training the network must see what it will see at restoration time.** The reading it is
+# told is the real one in half of the lines, the truth with random confidences in a quarter, a typical misreading in
+# 15 %, nothing in 10 % (`text_conditions`, lesson 07). The target is always the truth. The log compares the network
+# with the reader at small, middle and large $t$; at large $t$, where `c_t` says nothing, it must beat the reader by
+# looking and by knowing what words look like.
 
 # %%
 #| export
@@ -1024,7 +1078,9 @@ class TDMStage:
 # %% [markdown]
 # ### A tiny TDM, trained here
 #
-# Twenty-four towns, and a reader with bad eyes: it confuses 0 and O, 8 and B, M and N in a third of the cases. The "image" is a noisy code of each character, one column each, so that neither the reader nor the columns alone suffice.
+# Twenty-four towns, and a reader with bad eyes: it confuses 0 and O, 8 and B, M and N in a third of the cases. The
+# "image" is a noisy code of each character, one column each, so that neither the reader nor the columns alone
+# suffice.
 
 # %%
 TOWNS = """BERLIN LISBON MADRID OSLO PARIS ROME VIENNA DUBLIN ATHENS MINSK SOFIA TALLINN HELSINKI WARSAW PRAGUE ZAGREB
@@ -1070,8 +1126,13 @@ for _ in range(220):
     history.append({name: float(value) for name, value in logs.items()})
 assert history[-1]["loss"] < 0.5 * history[0]["loss"]
 
+
 # %%
-smooth = lambda name: np.convolve([h.get(name, np.nan) for h in history], np.ones(20) / 20, "valid")
+def smooth(name):
+    """Mean of 20 steps."""
+    return np.convolve([h.get(name, np.nan) for h in history], np.ones(20) / 20, "valid")
+
+
 plt.figure(figsize=(6, 2.6))
 for name in ("accuracy_low_t", "accuracy_mid_t", "accuracy_high_t", "accuracy_reader"):
     plt.plot(smooth(name), "k--" if name.endswith("reader") else "-", label=name)
@@ -1079,7 +1140,8 @@ plt.xlabel("step"), plt.ylabel("characters right"), plt.legend()
 plt.show()
 
 # %% [markdown]
-# Now restore text from nothing: start at pure noise, ten strided steps, mixture posterior. Red characters are wrong; the last lines are what the reader said and what the TDM ends with.
+# Now restore text from nothing: start at pure noise, ten strided steps, mixture posterior. Red characters are wrong;
+# the last lines are what the reader said and what the TDM ends with.
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -1105,7 +1167,7 @@ assert right["TDM"] > right["reader"] + 0.1
 fig, axes = plt.subplots(1, 4, figsize=(11, 3.2))
 for i, ax in enumerate(axes):
     rows = [*chain, ("reader", reading.best), ("truth", tokens)]
-    for r, (label, row) in enumerate(rows):
+    for r, (_, row) in enumerate(rows):
         for j in range(10):
             text = drawn(row[i, j].item())
             ax.text(j, r, text, family="monospace", color="black" if row[i, j] == tokens[i, j] else "tab:red")
@@ -1114,16 +1176,22 @@ for i, ax in enumerate(axes):
 plt.show()
 
 # %% [markdown]
-# Look at the upper rows: while $t$ is large the characters keep changing, even right ones, because $c_t$ is *supposed* to be mostly noise there. That is why the image diffusion will be told the predicted clean text (`top_reading`) and not $c_t$ itself.
+# Look at the upper rows: while $t$ is large the characters keep changing, even right ones, because $c_t$ is
+# *supposed* to be mostly noise there. That is why the image diffusion will be told the predicted clean text
+# (`top_reading`) and not $c_t$ itself.
 #
 # ## Summary
 #
-# * Noise on characters is a coin and a die; in log space "multiply by $\bar\alpha$, add $(1 - \bar\alpha)/K$" replaces matrices of $K^2$ numbers.
+# * Noise on characters is a coin and a die; in log space "multiply by $\bar\alpha$, add $(1 - \bar\alpha)/K$"
+#   replaces matrices of $K^2$ numbers.
 # * Bayes' rule gives the step from any $t$ to any $s$, exactly.
 # * A guess learned by cross-entropy needs the mixture; a guess learned through the bound needs the plug-in.
-# * The level from which the text starts is the trust in the reader. The released code's step index makes that trust almost complete.
+# * The level from which the text starts is the trust in the reader. The released code's step index makes that trust
+#   almost complete.
 # * The denoiser reads the reader's doubts and the image's columns, and starts by repeating what was read.
 #
 # ## Where to go next
 #
-# Lesson 09 lets both diffusions see each other. Lesson 11 runs them together. The source of the method is section 4 of Hoogeboom et al., *Argmax Flows and Multinomial Diffusion* (2021); importance-sampled $t$ is from Nichol and Dhariwal, *Improved Denoising Diffusion Probabilistic Models* (2021).
+# Lesson 09 lets both diffusions see each other. Lesson 11 runs them together. The source of the method is section 4
+# of Hoogeboom et al., *Argmax Flows and Multinomial Diffusion* (2021); importance-sampled $t$ is from Nichol and
+# Dhariwal, *Improved Denoising Diffusion Probabilistic Models* (2021).

@@ -667,13 +667,13 @@ def decoded(z):
 
 
 han = next(f for f in find_fonts(package_font_folders()) if f.covers("汉字"))  # for titles in Chinese
-shown = [result.trace[k] for k in (0, 6, 11, 15, 19)]
-fig, axes = plt.subplots(len(shown), 2, figsize=(8, 1.35 * len(shown)), dpi=64)
+shown = [result.trace[k] for k in (0, 8, 14, 19)]
+fig, axes = plt.subplots(len(shown), 2, figsize=(8, 1.35 * len(shown)), dpi=60)
 for row, step in zip(axes, shown):
-    words = model.alphabet.decode(step.c_t[0]), model.alphabet.decode(step.text.best[0])
+    words = [model.alphabet.decode(c[0]).replace(UNKNOWN, "?") for c in (step.c_t, step.text.best)]
     for ax, z, name, word in zip(row, (step.z_t, step.z0), ("$z_t$, $c_t$", r"$\hat z_0$, text"), words):
         ax.imshow(decoded(z))
-        ax.set_title(f"t = {step.t}   {name}: {word.replace(UNKNOWN, "?")}", font=Path(han.path), fontsize=7)
+        ax.set_title(f"t = {step.t}   {name}: {word}", font=Path(han.path), fontsize=7)
         ax.axis("off")
 plt.tight_layout()
 plt.show()

@@ -109,8 +109,8 @@ def in_memory(image, kind="PNG", **settings):
 
 turned = Image.Exif()
 turned[0x0112] = 6  # "turn by 90 degrees clockwise to show me"
-clear = line.convert("RGBA")
-clear.putalpha(Image.fromarray((np.asarray(line.convert("L")) < 128).astype(np.uint8) * 255))
+clear = Image.new("RGBA", line.size)  # black ink; what is not ink is transparent, and stored as black too
+clear.putalpha(line.convert("L"))
 grey16 = Image.fromarray(np.asarray(line.convert("L")).astype(np.uint16) * 257)
 files = {
     "grey, 16 bits": in_memory(grey16),
@@ -121,7 +121,7 @@ files = {
 
 
 # %% [markdown]
-# The left column is `Image.open(file).convert("RGB")`. Sixteen bits are cut off at 255 and become a white picture; what was transparent shows the colour that happened to be stored beneath it; a photograph lies on its side. The right column is the function that we export.
+# The left column is `Image.open(file).convert("RGB")`. Sixteen bits are cut off at 255 and become a white picture; what was transparent shows the colour that happened to be stored beneath it, here black on black; a photograph lies on its side. The right column is the function that we export.
 
 # %%
 #| export
@@ -139,7 +139,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 # %%
-fig, axes = plt.subplots(4, 2, figsize=(7, 5), dpi=80)
+fig, axes = plt.subplots(4, 2, figsize=(7, 5), dpi=64)
 for row, (name, file) in zip(axes, files.items()):
     for ax, picture, how in zip(row, (file.convert("RGB"), to_rgb(file)), ("naive", "ours")):
         ax.imshow(picture)

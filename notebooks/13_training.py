@@ -458,6 +458,7 @@ def starting_model(config: TrainConfig, stage: str, say=print) -> DiffTSR:
         for folder in folders:
             if (folder / f"{network}.safetensors").exists():
                 model.load_network(network, folder)
+            if network not in model.untrained:
                 say(f"{network}: from {folder}")
                 break
     missing = [network for network in STAGES[stage].needs if network in model.untrained]

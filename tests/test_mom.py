@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parity_common import assert_close, fill_with_recipe, load_fixture, parity_folder
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,6 +14,7 @@ from difftsr.mom import MoMStage, MoMTraining, PublishedMoM, PublishedMoMConfig,
 from difftsr.recognizer import Reading
 from difftsr.tdm import MultinomialDiffusion, PublishedTDM, PublishedTDMConfig, TDMStage, TDMTraining, top_reading
 from difftsr.unet import UNetConfig
+from parity_common import assert_close, fill_with_recipe, load_fixture, parity_folder
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -60,7 +60,6 @@ def test_published_joint_loss_and_its_gradients():
     f = load_fixture("train_step3_loss")
     m, x = f.manifest, f.inputs
     salt = m["recipe_salt"]
-    params = m["config"]["TDM_Decoder_config"]["params"]
     mom = fill_with_recipe(published(50, 24, 16, 2), salt)
     idm_config = IDMConfig(
         UNetConfig(6, 3, 32, (1, 2), 1, (8, 4, 2), 4, 16, groups=32, position_codes=False),
@@ -68,20 +67,14 @@ def test_published_joint_loss_and_its_gradients():
     )  # fmt: skip
     idm = IDM(idm_config).eval()
     fill_with_recipe(idm.unet, salt)
-    tdm = PublishedTDM(
-        PublishedTDMConfig(50, params["transformer_dim"], params["transformer_heads"], params["transformer_local_heads"],
-                           params["transformer_local_size"], params["transformer_depth"])
-    )  # fmt: skip
+    tdm = PublishedTDM(PublishedTDMConfig(50, 64, 4, 2, 4, 3))
     fill_with_recipe(tdm, salt)
-    if "tdm_rezero_alpha" in m:
-        tdm.rezero["alpha"].data.fill_(m["tdm_rezero_alpha"])
-
     t, z_t = x["t"], idm.diffusion.q_sample(x["hr_latent"], x["t"], x["noise"])
     log_x0 = tdm.diffusion.log_onehot(x["text"])
     c_t = tdm.diffusion.sample(tdm.diffusion.q_pred(log_x0, t), uniform=x["uniform"])
     image, text = mom(x["text"], x["lr_latent"], z_t, t)
     idm_loss = F.l1_loss(idm(z_t, x["lr_latent"], t, text), x["noise"]) + m["ocr_loss_constant"]
-    log_p0 = tdm(c_t, t, image.reshape(len(t), -1, params["transformer_dim"])).log_softmax(1)
+    log_p0 = tdm(c_t, t, image.reshape(len(t), -1, 64)).log_softmax(1)
     log_x_t = tdm.diffusion.log_onehot(c_t)
     term = tdm.diffusion.bound_term(log_x0, log_x_t, t, tdm.posterior(log_p0, c_t, t))
     tdm_loss = 0.1 * (1000 * term + tdm.diffusion.kl_prior(log_x0)).sum() / (torch.log(torch.tensor(2.0)) * c_t.numel())

