@@ -981,27 +981,30 @@ for layer in reversed([layer for layer in critic.main if isinstance(layer, nn.Co
     field = layer.stride[0] * (field - 1) + layer.kernel_size[0]
 print("scores:", tuple(critic(torch.zeros(1, 3, 128, 128)).shape), "  each sees", field, "pixels along an axis")
 
+
 # %% [markdown]
 # About half a character. Its hinge loss asks for scores above 1 on real patches and below -1 on decoded ones, and wants
 # nothing beyond that. A critic for a minute, sharp lines against the same lines blurred:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
+def blurred(x):
+    return F.avg_pool2d(x, 5, stride=1, padding=2, count_include_pad=False)
+
+
 torch.manual_seed(0)
 critic, generator = PatchDiscriminator(width=16), torch.Generator().manual_seed(0)
 optimizer = torch.optim.Adam(critic.parameters(), 1e-3, betas=(0.5, 0.9))
 for _ in range(40):
     real = random_crops(lines["hr"][torch.randint(128, (8,), generator=generator)], (64, 64), generator)
-    loss = hinge_loss(critic(real), critic(F.avg_pool2d(real, 3, stride=1, padding=1)))
+    loss = hinge_loss(critic(real), critic(blurred(real)))
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-critic.eval()
 with torch.no_grad():
-    sharp = held_out["hr"]
-    blurred = F.avg_pool2d(sharp, 3, stride=1, padding=1)
-    print(f"mean score of sharp lines {critic(sharp).mean():.1f}, of blurred ones {critic(blurred).mean():.1f}")
-assert critic(sharp).mean() > critic(blurred).mean()
+    sharp, soft = (critic(x).mean().item() for x in (held_out["hr"], blurred(held_out["hr"])))
+print(f"mean score of unseen sharp lines {sharp:.1f}, of the same lines blurred {soft:.1f}")
+assert sharp > soft + 0.5
 
 
 # %% [markdown]

@@ -459,7 +459,7 @@ plt.show()
 #
 # ## 5. Where the text starts decides how much the reader is trusted
 #
-# > **Where the released code departs (row 2).** The released sampler starts from the recognised text and hands the
+# > **Where the released code departs.** The released sampler starts from the recognised text and hands the
 # > TDM the *number of the step* (199, 198, ..., 0) instead of the time (999, 994, ...). At $t = 199$ only one
 # > character in twenty has been replaced by noise, so a character that looks like noise is almost never suspected.
 # > With 20 steps $t$ never exceeds 19.
@@ -508,7 +508,7 @@ assert released < 0.01 < 0.9 < corrected(backwards(20, 999))
 # * what the **reader** made of the degraded line, with its doubts: the expected character vector of its five best
 #   guesses, $\sum_k p_k E[k]$, and the confidence;
 # * the **image**, as columns from left to right (the published code cuts the latent into slices of memory that run
-#   across colour channels: row 7). A column token is made of the reader's feature map and of the latent of the
+#   across colour channels). A column token is made of the reader's feature map and of the latent of the
 #   degraded line, and later MoM adds what the half-restored image shows.
 #
 # Time and places are given as sines and cosines.

@@ -153,7 +153,7 @@ assert known.probs.sum(-1).max() <= 1
 #
 # The TDM has learned to read its image tokens. If an untrained MoM replaces them, all of that is lost on the first
 # step. (The published MoM does replace them: `I_cond` is the whole image context of the released TDM, and it is
-# produced by a U-Net that starts at zero. Row 8 of the list in MODEL_NOTES says why we do not.) Here `I_cond` is a
+# produced by a U-Net that starts at zero. Trained for long enough it recovers; we do not want to wait.) Here `I_cond` is a
 # **residual**: the tokens of the TDM's own stage plus something that is exactly zero at first. The text encoder
 # starts as a copy of the IDM's. So step 0 of the joint stage equals the earlier stages, bit for bit, and a test holds
 # us to it.
@@ -313,7 +313,7 @@ assert count == 6_226_675
 # %% [markdown]
 # ## 4. Why the clean label hurts
 #
-# > **Where the released code departs (row 6).** In its joint stage MoM is given the *label*, the correct text. At
+# > **Where the released code departs.** In its joint stage MoM is given the *label*, the correct text. At
 # > test time it gets what the recogniser read.
 #
 # What does a learner do with a hint that is never wrong? It stops looking. A toy with nothing but least squares: the
@@ -337,7 +337,7 @@ def fit(hint_in_training):
 for name, hints in (("the label", x), ("real hints", hint)):
     weights, test_error = fit(hints)
     print(
-        f"trained with {name:<10}: weight of hint {weights[0]:.2f}, of view {abs(weights[1]):.2f}; error {test_error:.2f}"
+        f"trained with {name:<10}: weight of hint {weights[0]:.2f}, view {abs(weights[1]):.2f}; error {test_error:.2f}"
     )
 assert fit(hint)[1] < 0.5 * fit(x)[1]
 
@@ -504,8 +504,8 @@ def train(stage, model, steps, seed):
 # %%
 torch.manual_seed(0)
 model = World()
-idm_history = train(IDMStage(IDMTraining(learning_rate=3e-3, ocr_weight=0.0), model), model, 40, seed=1)
-tdm_history = train(TDMStage(TDMTraining(learning_rate=3e-3), model), model, 150, seed=2)
+idm_history = train(IDMStage(IDMTraining(learning_rate=3e-3, ocr_weight=0.0), model), model, 25, seed=1)
+tdm_history = train(TDMStage(TDMTraining(learning_rate=3e-3), model), model, 130, seed=2)
 assert idm_history[-1]["loss"] < idm_history[0]["loss"] and tdm_history[-1]["loss"] < tdm_history[0]["loss"]
 
 
@@ -530,7 +530,7 @@ stage = MoMStage(MoMTraining(learning_rate=3e-3), model)
 stage.initialise(model)
 before = [text_accuracy(model, t) for t in levels]
 frozen = copy.deepcopy({name: getattr(model, name).state_dict() for name in ("idm", "tdm")})
-joint_history = train(stage, model, 60, seed=3)
+joint_history = train(stage, model, 40, seed=3)
 after = [text_accuracy(model, t) for t in levels]
 
 # %%

@@ -92,7 +92,6 @@ from difftsr.vae import VAEStage, VAETraining
 
 # %%
 import shutil
-import tempfile
 
 import matplotlib.pyplot as plt
 
@@ -201,6 +200,7 @@ class TrainConfig:
     ema: float = 0.999  # decay of the averaged weights, which are what is saved
     clip: float = 1.0  # largest 2-norm of a gradient
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    bar: bool = True  # show progress
     report: tuple[Path, ...] = ()  # instead of training: draw the curves of these runs
     overrides: dict[str, float] = field(default_factory=dict)  # further settings of the stage, by name
 
@@ -531,7 +531,7 @@ def train_stage(config: TrainConfig, stage_name: str, model: DiffTSR | None = No
     """
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available())
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    say = tqdm.write if accelerator.is_main_process else (lambda text: None)
+    say = (tqdm.write if config.bar else print) if accelerator.is_main_process else (lambda text: None)
     set_seed(config.seed + rank)
     run = config.folder()
     run.mkdir(parents=True, exist_ok=True)
@@ -595,7 +595,8 @@ def train_stage(config: TrainConfig, stage_name: str, model: DiffTSR | None = No
     say(describe(config, stage_name, model, settings, total))
     shown, started, first_step = {}, time.monotonic() - seconds, step
     first_seconds = seconds
-    bar = tqdm(total=total, initial=step, desc=stage_name, unit="step", disable=not accelerator.is_main_process)
+    silent = not (config.bar and accelerator.is_main_process)
+    bar = tqdm(total=total, initial=step, desc=stage_name, unit="step", disable=silent)
     with StopRequest() as stop, bar:
         while not stop.asked:
             seconds = time.monotonic() - started
@@ -650,7 +651,7 @@ def train_stage(config: TrainConfig, stage_name: str, model: DiffTSR | None = No
         model.untrained = [name for name in model.untrained if name not in trained]
         model.save(run / "weights")
         write_run_card(run, config, stage_name, settings, step, seconds, history)
-        say(f"{stage_name}: {step} steps in {seconds / 60:.1f} minutes; weights in {run / 'weights'}")
+        say(f"{stage_name}: {step} steps done; weights in {run / 'weights'}, history in {run / 'run.json'}")
     return history
 
 
@@ -724,8 +725,9 @@ def write_run_card(
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-folder = Path(tempfile.mkdtemp())
-through = TrainConfig("recognizer", "tiny", folder / "through", steps=24, batch_size=8, warmup=5, checkpoint_every=8)
+folder = Path("../out/lesson_13")
+shutil.rmtree(folder, ignore_errors=True)
+through = TrainConfig("recognizer", "tiny", folder / "through", steps=24, batch_size=8, checkpoint_every=8, bar=False)
 history = train_stage(through, "recognizer")
 
 # %%

@@ -76,8 +76,8 @@ def test_the_demo_runs_in_a_fresh_process_and_survives_a_bad_image(tmp_path):
     pytest.importorskip("rapidocr", reason="the judge PP-OCRv6 is not installed (extra: evaluate)")
     DiffTSR(preset("tiny")).save(tmp_path / "weights")
     (tmp_path / "broken.png").write_bytes(b"not an image")
-    command = [sys.executable, "-m", "difftsr.evaluate", "--demo", "broken.png", "--weights", "weights", "--output", "out"]
-    done = subprocess.run([*command, "--steps", "1"], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "-m", "difftsr.evaluate", "--demo", "broken.png", "--weights", "weights"]
+    done = subprocess.run([*command, "--output", "out", "--steps", "1"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "broken.png" in done.stderr and "mean NED" in done.stdout
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))

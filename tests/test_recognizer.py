@@ -344,7 +344,7 @@ def test_ocr_loss_prefers_the_right_text_and_pulls_the_image(trained):
 @torch.no_grad()
 def test_calibration_finds_the_best_temperature_and_reading_uses_it(trained):
     net, batch = copy.deepcopy(trained), bar_batch(40, torch.Generator().manual_seed(7))
-    batch["lr"] += 0.8 * torch.randn(batch["lr"].shape, generator=torch.Generator().manual_seed(8))  # hard to read
+    batch["lr"] += 2 * torch.randn(batch["lr"].shape, generator=torch.Generator().manual_seed(8))  # hard to read
     before = net.read(batch["lr"])
     temperature = net.calibrate(batch["lr"], batch["tokens"])
     counted = net.counted(batch["tokens"])
@@ -353,7 +353,7 @@ def test_calibration_finds_the_best_temperature_and_reading_uses_it(trained):
     assert best < colder and best < hotter
     net.generator_word.scale *= 2
     net.generator_word.bias *= 2  # twice as sure of itself
-    assert net.calibrate(batch["lr"], batch["tokens"]) == pytest.approx(2 * temperature, rel=0.04)
+    assert net.calibrate(batch["lr"], batch["tokens"]) == pytest.approx(2 * temperature, rel=0.05)
     after, real = net.read(batch["lr"]), batch["tokens"] != PAD
     assert after.best.equal(before.best)
     change = (after.confidence - before.confidence)[real].mean()
