@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['Prediction', 'Mix', 'REAL', 'TRUE', 'CONFUSED', 'NONE', 'MIX', 'ScheduleConfig', 'alpha_bar_table',
            'GaussianDiffusion', 'TextEncoderConfig', 'TextAttention', 'TextFeedForward', 'TextTransformer',
-           'TextEncoder', 'IDMConfig', 'IDM', 'similar_glyphs', 'confused', 'text_conditions', 'IDMTraining',
-           'IDMStage', 'error', 'latents', 'spread_times', 'ocr_loss']
+           'TextEncoder', 'IDMConfig', 'IDM', 'similar_glyphs', 'confused', 'text_conditions', 'IDMTraining', 'error',
+           'latents', 'spread_times', 'ocr_loss', 'IDMStage']
 
 # %% ../notebooks/07_idm.ipynb #8b5d1dfc
 import math
@@ -117,7 +117,7 @@ class GaussianDiffusion(nn.Module):
             return snr.clamp(max=clip[1]) / snr.clamp(min=1e-8)
         return snr.clamp(*clip) / (snr + 1 if kind == "v" else 1)
 
-# %% ../notebooks/07_idm.ipynb #890a72bc
+# %% ../notebooks/07_idm.ipynb #e035627c
 @dataclass
 class TextEncoderConfig:
     """Shape of a `TextEncoder`. The defaults are the classroom preset."""
@@ -132,7 +132,7 @@ class TextEncoderConfig:
     soft: bool = True  # takes a Reading: expected characters made of glyphs, and a confidence; False: token ids alone
     character_dim: int = 128  # size of the character vectors (with `soft`)
 
-
+# %% ../notebooks/07_idm.ipynb #ded022f5
 class TextAttention(CrossAttention):
     """Self-attention under the key names of the published text encoder."""
 
@@ -152,7 +152,7 @@ class TextFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
-# %% ../notebooks/07_idm.ipynb #cd8ff71e
+# %% ../notebooks/07_idm.ipynb #5a9e8df5
 class TextTransformer(nn.Module):
     """Embedding, position code and pre-norm layers; the part of `TextEncoder` whose keys are published."""
 
@@ -181,7 +181,7 @@ class TextTransformer(nn.Module):
             x = x + part(norm(x))
         return self.norm(x)
 
-
+# %% ../notebooks/07_idm.ipynb #49cf3c47
 class TextEncoder(nn.Module):
     """Text to context tokens for a U-Net: a `Reading`, or token ids (B, n), -> (B, n, n_embed)."""
 
@@ -205,7 +205,7 @@ class TextEncoder(nn.Module):
         characters = transformer.token_emb.soft(reading.tokens, reading.probs)  # (B, n, character_dim)
         return transformer.project(torch.cat([characters, reading.confidence[..., None].to(characters)], dim=-1))
 
-# %% ../notebooks/07_idm.ipynb #d4ea62a8
+# %% ../notebooks/07_idm.ipynb #85e3a4c3
 @dataclass
 class IDMConfig:
     """Settings of the image diffusion. The defaults are the classroom preset."""
@@ -237,7 +237,7 @@ class IDMConfig:
             "eps",
         )  # fmt: skip
 
-
+# %% ../notebooks/07_idm.ipynb #8e2d8a8e
 class IDM(nn.Module):
     """The image diffusion model: a U-Net on concat(z_t, z_lr) that reads the text while it removes the noise."""
 
@@ -269,7 +269,7 @@ class IDM(nn.Module):
         prediction = self(z_t, z_lr, t, context, centers)
         return self.diffusion.to_z0_eps(prediction, z_t, t, z_lr, self.config.prediction)
 
-# %% ../notebooks/07_idm.ipynb #e035627c
+# %% ../notebooks/07_idm.ipynb #4f6d4fdf
 Mix = tuple[float, float, float, float]
 REAL, TRUE, CONFUSED, NONE = range(4)  # where the text of a training line comes from
 MIX: Mix = (0.50, 0.25, 0.15, 0.10)
@@ -286,7 +286,7 @@ def similar_glyphs(embedding: CharacterEmbedding, count: int = 8) -> Tensor:
     similar[[PAD, UNK]] = torch.tensor([[PAD], [UNK]], device=similar.device)
     return similar
 
-
+# %% ../notebooks/07_idm.ipynb #d412de9b
 def confused(tokens: Tensor, centers: Tensor, generator: torch.Generator, similar: Tensor | None = None) -> Reading:
     """A reading that errs here and there: another character comes first, the true one second, with random confidences.
 
@@ -374,6 +374,40 @@ class IDMTraining:
     text_mix: Mix = MIX  # real readings, truth, confusions, no text
     jitter: float = 0.01  # std of the noise on true centres, a fraction of the width
 
+# %% ../notebooks/07_idm.ipynb #4b963763
+def error(z: Tensor, z_hr: Tensor) -> Tensor:
+    """Mean squared error, outside the graph."""
+    return (z.detach() - z_hr).square().mean()
+
+
+def latents(vae: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
+    """Posterior means of the sharp and of the degraded lines, normalised: taken from the batch, or encoded now."""
+    if "z_hr" in batch:
+        return batch["z_hr"], batch["z_lr"]
+    with torch.no_grad():
+        return vae.to_latent(batch["hr"]), vae.to_latent(batch["lr"])
+
+
+def spread_times(batch: int, timesteps: int, generator: torch.Generator) -> Tensor:
+    """Times (B,) whose distribution is uniform, spread evenly over the batch, in random order (arXiv 2107.00630)."""
+    device = generator.device
+    offset = torch.rand(1, generator=generator, device=device)
+    order = torch.randperm(batch, generator=generator, device=device)
+    return ((order + offset) / batch % 1 * timesteps).long().clamp(max=timesteps - 1)
+
+# %% ../notebooks/07_idm.ipynb #de54f370
+def ocr_loss(model: nn.Module, z_0: Tensor, tokens: Tensor, t: Tensor, lines: int) -> Tensor:
+    """How badly the decoded one-step estimates z_0 of the first few lines read as their true text.
+
+    The gradient passes through the recogniser and the decoder to z_0. With eps-prediction z_0 explodes near T, and each
+    line counts alpha_bar_t; other predictions need no such weight.
+    """
+    images = model.vae.from_latent(z_0[:lines])
+    losses = model.recognizer.ocr_loss(images, tokens[:lines], reduction="none")  # (lines,)
+    if model.idm.config.prediction == "eps":
+        losses = losses * model.idm.diffusion.alpha_bar[t[:lines]]
+    return losses.mean()
+
 # %% ../notebooks/07_idm.ipynb #0c02eba0
 class IDMStage:
     """Trains `model.idm`; the VAE and the recogniser are frozen, but gradients of the OCR loss pass through them.
@@ -440,37 +474,3 @@ class IDMStage:
             return F.l1_loss(prediction, target)
         squared = (prediction - target).square().flatten(1).mean(1)  # (B,)
         return (diffusion.loss_weight(t, kind, self.training.snr_clip) * squared).mean()
-
-# %% ../notebooks/07_idm.ipynb #83743749
-def error(z: Tensor, z_hr: Tensor) -> Tensor:
-    """Mean squared error, outside the graph."""
-    return (z.detach() - z_hr).square().mean()
-
-
-def latents(vae: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
-    """Posterior means of the sharp and of the degraded lines, normalised: taken from the batch, or encoded now."""
-    if "z_hr" in batch:
-        return batch["z_hr"], batch["z_lr"]
-    with torch.no_grad():
-        return vae.to_latent(batch["hr"]), vae.to_latent(batch["lr"])
-
-
-def spread_times(batch: int, timesteps: int, generator: torch.Generator) -> Tensor:
-    """Times (B,) whose distribution is uniform, spread evenly over the batch, in random order (arXiv 2107.00630)."""
-    device = generator.device
-    offset = torch.rand(1, generator=generator, device=device)
-    order = torch.randperm(batch, generator=generator, device=device)
-    return ((order + offset) / batch % 1 * timesteps).long().clamp(max=timesteps - 1)
-
-
-def ocr_loss(model: nn.Module, z_0: Tensor, tokens: Tensor, t: Tensor, lines: int) -> Tensor:
-    """How badly the decoded one-step estimates z_0 of the first few lines read as their true text.
-
-    The gradient passes through the recogniser and the decoder to z_0. With eps-prediction z_0 explodes near T, and each
-    line counts alpha_bar_t; other predictions need no such weight.
-    """
-    images = model.vae.from_latent(z_0[:lines])
-    losses = model.recognizer.ocr_loss(images, tokens[:lines], reduction="none")  # (lines,)
-    if model.idm.config.prediction == "eps":
-        losses = losses * model.idm.diffusion.alpha_bar[t[:lines]]
-    return losses.mean()

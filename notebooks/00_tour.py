@@ -64,12 +64,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.font_manager import FontProperties
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 from PIL import Image
 
 from difftsr.model import DiffTSR, preset
 from difftsr.restore import line_to_canvas, load_image, restore
 from difftsr.sampling import sample
 from difftsr.text_lines import find_fonts
+
+set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})  # noise as PNG would make a heavy notebook
 
 # %% [markdown]
 # ## The lines
@@ -132,7 +135,6 @@ for name, count in model.parameter_counts().items():
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-torch.set_num_threads(2)
 chosen = 4
 restored = restore(model, inputs[chosen], seed=0)
 print("read from the input:", restored.read_from_input)
