@@ -13,9 +13,9 @@
 # transformers read the text. With the paper's settings it is the published network, key by key, all 874,024,003
 # parameters of it; with the classroom's it has 7.4 million.
 #
-# **What you will understand.** How a number (the time) and a sentence (the text) get into a convolutional network; why
-# half of its layers start at zero; what attention computes, by hand; why a network that renders text has to know *where*
-# each character stands, and how much faster it learns to write once it does.
+# **What you will understand.** How a number (the time) and a sentence (the text) get into a convolutional network;
+# why half of its layers start at zero; what attention computes, by hand; why a network that renders text has to know
+# *where* each character stands, and how much faster it learns to write once it does.
 #
 # **Needs.** About a minute on one processor core, 1 GB of memory, no GPU.
 
@@ -91,9 +91,9 @@ plt.rcParams.update({"figure.dpi": 80, "image.cmap": "gray"})
 #
 # ## 1. Telling the network the time
 #
-# The same network removes the noise of every strength, so it has to know the strength. A single input channel filled with
-# $t / 1000$ would be a poor way to say it: $t = 3$ and $t = 6$ need different work, and would differ by 0.003. Sinusoids of
-# many wavelengths make a vector in which small differences and large ones are equally easy to see:
+# The same network removes the noise of every strength, so it has to know the strength. A single input channel filled
+# with $t / 1000$ would be a poor way to say it: $t = 3$ and $t = 6$ need different work, and would differ by 0.003.
+# Sinusoids of many wavelengths make a vector in which small differences and large ones are equally easy to see:
 #
 # $$ e_i = \cos(t f_i), \quad e_{i + d/2} = \sin(t f_i), \qquad f_i = 10000^{-2i/d}, \quad i = 0 \dots d/2 - 1 . $$
 
@@ -125,17 +125,17 @@ assert (likeness.argmax(1) == torch.tensor([10, 300, 700])).all()
 
 
 # %% [markdown]
-# Left: fast waves on top, slow ones below, cosines first. Right: a code is like those of its neighbours and less like all
-# others, which is just what a network needs to treat similar noise similarly.
+# Left: fast waves on top, slow ones below, cosines first. Right: a code is like those of its neighbours and less like
+# all others, which is just what a network needs to treat similar noise similarly.
 #
 # ## 2. Blocks that hear the time
 #
-# A residual block adds something to what it was given: $x + f(x, e_t)$. Here $f$ is two convolutions, each after a group
-# norm and a SiLU, with one number per channel from the time added between them. (The published network has a "scale and
-# shift" variant too and does not use it.)
+# A residual block adds something to what it was given: $x + f(x, e_t)$. Here $f$ is two convolutions, each after a
+# group norm and a SiLU, with one number per channel from the time added between them. (The published network has a
+# "scale and shift" variant too and does not use it.)
 #
-# The last convolution of every block **starts at zero**, so a fresh block hands on its input unchanged. What that buys is
-# best seen by stacking twenty of them.
+# The last convolution of every block **starts at zero**, so a fresh block hands on its input unchanged. What that
+# buys is best seen by stacking twenty of them.
 
 # %%
 #| export
@@ -189,7 +189,8 @@ x, emb = torch.randn(2, 32, 4, 6), torch.randn(2, 128)
 block = ResBlock(32, 128, 64, groups=8)
 print("more channels:", tuple(x.shape), "->", tuple(block(x, emb).shape))
 for resample in ("down", "up"):
-    print(f"{resample:4s}:         ", tuple(x.shape), "->", tuple(ResBlock(32, 128, 32, resample=resample)(x, emb).shape))
+    resized = ResBlock(32, 128, 32, resample=resample)(x, emb)
+    print(f"{resample:4s}:         ", tuple(x.shape), "->", tuple(resized.shape))
 fresh = ResBlock(32, 128, 32)
 assert torch.equal(fresh(x, emb), x)  # at the beginning a block does nothing
 
@@ -216,8 +217,8 @@ plt.show()
 
 
 # %% [markdown]
-# With the usual initialisation every block adds variance of its own, and what came in drowns. Starting from zero the signal
-# (and, on the way back, the gradient) passes a fresh network untouched, and each block grows from there.
+# With the usual initialisation every block adds variance of its own, and what came in drowns. Starting from zero the
+# signal (and, on the way back, the gradient) passes a fresh network untouched, and each block grows from there.
 #
 # > **A trap in the published sizes.** A group norm of 32 groups over 32 channels works on single channels, and what is
 # > constant over a channel, like the time that was just added, is removed again. The first level of the published
@@ -277,11 +278,11 @@ torch.testing.assert_close(out, F.scaled_dot_product_attention(q[None], k[None],
 
 
 # %% [markdown]
-# The first query gets almost only the first value, the second a blend of two, the third the average of all.
-# PyTorch's `scaled_dot_product_attention` computes the same without keeping the table of weights, faster and in less memory.
-# A real layer has several such look-ups side by side (*heads*), and learns what queries, keys and values are made of.
-# Without a context the tokens look at each other (*self*-attention); with one they look at it (*cross*-attention): that is
-# how the image reads the text.
+# The first query gets almost only the first value, the second a blend of two, the third the average of all. PyTorch's
+# `scaled_dot_product_attention` computes the same without keeping the table of weights, faster and in less memory. A
+# real layer has several such look-ups side by side (*heads*), and learns what queries, keys and values are made of.
+# Without a context the tokens look at each other (*self*-attention); with one they look at it (*cross*-attention):
+# that is how the image reads the text.
 
 # %%
 #| export
@@ -314,17 +315,18 @@ class CrossAttention(nn.Module):
 # %%
 image_tokens, text_tokens = torch.randn(2, 24, 32), torch.randn(2, 5, 10)  # 4 x 6 positions; five characters
 look = CrossAttention(32, context_dim=10, heads=4, dim_head=8)
-print(tuple(image_tokens.shape), "looks at", tuple(text_tokens.shape), "->", tuple(look(image_tokens, text_tokens).shape))
+seen = look(image_tokens, text_tokens)
+print(tuple(image_tokens.shape), "looks at", tuple(text_tokens.shape), "->", tuple(seen.shape))
 shuffled = text_tokens[:, [4, 2, 0, 1, 3]]
-torch.testing.assert_close(look(image_tokens, shuffled), look(image_tokens, text_tokens))
+torch.testing.assert_close(look(image_tokens, shuffled), seen)
 
 
 # %% [markdown]
-# The assertion holds the point of the next section: attention looks at a *bag* of characters. In whatever order they come,
-# the answer is the same, unless the tokens themselves say where they stand.
+# The assertion holds the point of the next section: attention looks at a *bag* of characters. In whatever order they
+# come, the answer is the same, unless the tokens themselves say where they stand.
 #
-# After the look-up each token passes a small network of its own, in which one half of the hidden numbers opens and closes
-# gates for the other half. (In the published weights the **second** half is the gate.)
+# After the look-up each token passes a small network of its own, in which one half of the hidden numbers opens and
+# closes gates for the other half. (In the published weights the **second** half is the gate.)
 
 # %%
 #| export
@@ -355,13 +357,13 @@ class FeedForward(nn.Module):
 # ## 4. Which character belongs to which column
 #
 # The published U-Net is told nothing about places: its text tokens carry their *number* in the sentence, its image
-# positions carry nothing, and which column of the image shows the third character is left for the network to find out. It does,
-# after some 400,000 iterations. A line of text is a simpler thing: characters stand side by side, and we usually know
-# where (the renderer knows exactly, the recogniser finds out while it reads). So ours says it:
+# positions carry nothing, and which column of the image shows the third character is left for the network to find
+# out. It does, after some 400,000 iterations. A line of text is a simpler thing: characters stand side by side, and
+# we usually know where (the renderer knows exactly, the recogniser finds out while it reads). So ours says it:
 #
 # 1. every column of the image and every character gets the sinusoidal code of its place in $[0, 1]$;
-# 2. each head of the cross-attention prefers characters nearby: $b_{ij} = -(x_i - a_j)^2 / (2 s^2)$, with a width $s$ of
-#    its own that is learned.
+# 2. each head of the cross-attention prefers characters nearby: $b_{ij} = -(x_i - a_j)^2 / (2 s^2)$, with a width $s$
+#    of its own that is learned.
 #
 # First the code, as for the time, with wavelengths that suit a line.
 
@@ -426,8 +428,8 @@ class DistanceBias(nn.Module):
 
 
 # %% [markdown]
-# A character without a known place (centre -1, for instance padding) gets the vector `nowhere` and a bias of zero. Here is
-# where the four heads of a fresh network look, by distance alone, for a line of six characters:
+# A character without a known place (centre -1, for instance padding) gets the vector `nowhere` and a bias of zero.
+# Here is where the four heads of a fresh network look, by distance alone, for a line of six characters:
 
 # %%
 centers = torch.tensor([[0.08, 0.2, 0.35, 0.55, 0.75, 0.92]])
@@ -445,9 +447,9 @@ assert (weights[0].argmax(1) == nearest).all()
 
 
 # %% [markdown]
-# The first head sees one character at a time, the last one the neighbourhood. Now the parts together: a transformer block,
-# and the *spatial* transformer that turns a map into tokens, lets them look at each other and at the text, and adds the
-# result to the map, again through a layer that starts at zero.
+# The first head sees one character at a time, the last one the neighbourhood. Now the parts together: a transformer
+# block, and the *spatial* transformer that turns a map into tokens, lets them look at each other and at the text, and
+# adds the result to the map, again through a layer that starts at zero.
 
 # %%
 #| export
@@ -520,9 +522,9 @@ print(tuple(here.shape), "; the same characters elsewhere change the map:", bool
 # %% [markdown]
 # ## 5. Down, across, up
 #
-# Strokes are local, the colour of a background is not. A U-Net works at several sizes: on the way down it halves the map and
-# widens it, in the middle it sees everything at once, and on the way up it doubles it again, each time beside what it had seen
-# at that size on the way down.
+# Strokes are local, the colour of a background is not. A U-Net works at several sizes: on the way down it halves the
+# map and widens it, in the middle it sees everything at once, and on the way up it doubles it again, each time beside
+# what it had seen at that size on the way down.
 #
 # ```
 #  x --> [ c ] ----------------------- concat --> [ c ] --> out      height H
@@ -556,9 +558,10 @@ class UNetConfig:
 
 
 # %% [markdown]
-# Every layer listens to something else: convolutions to nothing, residual blocks to the time, transformers to the text. One
-# container hands each what it needs; then the network is a matter of bookkeeping. `use_checkpoint` drops the activations
-# inside the blocks and computes them again on the way back, which saves memory for time and changes no value.
+# Every layer listens to something else: convolutions to nothing, residual blocks to the time, transformers to the
+# text. One container hands each what it needs; then the network is a matter of bookkeeping. `use_checkpoint` drops
+# the activations inside the blocks and computes them again on the way back, which saves memory for time and changes
+# no value.
 
 # %%
 #| export
@@ -702,8 +705,8 @@ for name, part, y in rows:
     print(f"{name:17s} {str(tuple(y.shape[1:])):13s} {what}")
 
 # %% [markdown]
-# That is the classroom's U-Net on the latent of a 128 x 512 line. The text is read where a token covers 16 x 16 pixels, and
-# once more in the middle. What does it cost?
+# That is the classroom's U-Net on the latent of a 128 x 512 line. The text is read where a token covers 16 x 16
+# pixels, and once more in the middle. What does it cost?
 
 # %%
 from torch.utils.flop_counter import FlopCounterMode
@@ -721,10 +724,10 @@ assert sum(p.numel() for p in published.parameters()) == 874_024_003
 # %% [markdown]
 # ## 6. Can it write?
 #
-# The text must be able to steer the picture. The smallest experiment: an empty input, the names of three digits, their places, and
-# a picture of exactly these digits as the target. No noise, no degradation: all the network has to learn is to write. We
-# train it twice for 160 steps, once with places and once the way the published network gets its text: with the number of each
-# character in the line and nothing else.
+# The text must be able to steer the picture. The smallest experiment: an empty input, the names of three digits,
+# their places, and a picture of exactly these digits as the target. No noise, no degradation: all the network has to
+# learn is to write. We train it twice for 160 steps, once with places and once the way the published network gets its
+# text: with the number of each character in the line and nothing else.
 
 # %%
 alphabet = Alphabet.tiny()
@@ -805,10 +808,10 @@ plt.show()
 assert errors["with places"] < 0.8 * errors["without"]
 
 # %% [markdown]
-# Same network, same steps, same data. Told where the characters stand, it puts something at each place from the start, and
-# has begun to give the digits their shapes; without, it has only found out where ink is likely. Both would get there in
-# the end. This is why the classroom model gets places: it sees a few hundred thousand lines, not the millions of the
-# published training.
+# Same network, same steps, same data. Told where the characters stand, it puts something at each place from the
+# start, and has begun to give the digits their shapes; without, it has only found out where ink is likely. Both would
+# get there in the end. This is why the classroom model gets places: it sees a few hundred thousand lines, not the
+# millions of the published training.
 #
 # ## Summary
 #
@@ -816,9 +819,10 @@ assert errors["with places"] < 0.8 * errors["without"]
 # - The **text** enters through cross-attention: queries from the image, keys and values from the characters.
 # - What ends a branch **starts at zero**, so a fresh network is the identity, and the gradient reaches everything.
 # - Attention sees a bag of tokens; **places** are told by codes and by a preference for what is near.
-# - The same class is the published network (874 million parameters, the published keys) and the classroom's (7.4 million).
+# - The same class is the published network (874 million parameters, the published keys) and the classroom's (7.4
+#   million).
 #
 # ## Where to go next
 #
-# Lesson 07 puts this network to work: noise, what to predict of it, and a text that guides the way back. Lesson 09 uses a smaller
-# copy to tell the text diffusion what the image looks like by now.
+# Lesson 07 puts this network to work: noise, what to predict of it, and a text that guides the way back. Lesson 09
+# uses a smaller copy to tell the text diffusion what the image looks like by now.

@@ -75,6 +75,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 from PIL import Image
 
 from difftsr.degradation import to_canvas
@@ -82,6 +83,8 @@ from difftsr.idm import GaussianDiffusion, ScheduleConfig
 from difftsr.model import has_weights, preset
 from difftsr.tdm import MultinomialDiffusion
 from difftsr.text_lines import UNKNOWN, Alphabet, data_folder, find_fonts, package_font_folders
+
+set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})  # noise as PNG would make a heavy notebook
 
 
 # %% [markdown]

@@ -79,9 +79,12 @@ from difftsr.text_lines import PAD, UNK
 
 # %%
 import matplotlib.pyplot as plt
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from difftsr.model import has_weights, preset
 from difftsr.text_lines import UNKNOWN, data_folder, find_fonts, package_font_folders, read_table
+
+set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})  # noise as PNG would make a heavy notebook
 
 # %% [markdown]
 # ## 1. Any image file
