@@ -155,7 +155,7 @@ show([inputs[chosen], np.asarray(restored.image), sharp], ["input", "restored", 
 
 # %%
 canvas = line_to_canvas(inputs[chosen], model.config.image_size)[None]
-watched = sample(model, canvas, seed=0, trace=True)
+watched = sample(model, canvas, steps=20, seed=0, trace=True)
 
 
 def pixels(latent):

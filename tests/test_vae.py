@@ -20,6 +20,7 @@ from difftsr.vae import (
     VAELoss,
     VAEStage,
     VAETraining,
+    cosine_patterns,
     hinge_loss,
     random_crops,
 )
@@ -226,6 +227,38 @@ def test_unit_range_is_only_a_change_of_units():
         vae.config.unit_range = True
         assert torch.allclose(vae.encode(images).mean, expected[0])
         assert torch.allclose(vae.decode(torch.ones(1, 4, 8, 32)), expected[1])
+
+
+def test_shortcut_starts_as_the_best_linear_folding():
+    patterns, spread = cosine_patterns(8, 8)
+    torch.testing.assert_close(patterns.flatten(1) @ patterns.flatten(1).T, torch.eye(8), atol=1e-5, rtol=0)
+    vae, images = VAE(VAEConfig(shortcut=True)), pictures(2, (64, 128))
+    coefficients = F.conv2d(images, patterns, stride=8)
+    with torch.no_grad():
+        posterior = vae.encode(images)
+        back = vae.decode(posterior.mode)
+    torch.testing.assert_close(posterior.mean, coefficients / spread.view(-1, 1, 1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(back, F.conv_transpose2d(coefficients, patterns, stride=8), atol=1e-5, rtol=1e-4)
+    assert posterior.logvar.unique().tolist() == [-5.0]
+    constant = torch.tensor([0.3, -0.2, 0.7]).view(1, 3, 1, 1).expand(1, 3, 16, 16)  # a flat colour survives exactly
+    with torch.no_grad():
+        torch.testing.assert_close(vae.decode(vae.encode(constant).mode), constant, atol=1e-5, rtol=0)
+    loaded = VAE(VAEConfig(shortcut=True))
+    weights = {key: torch.randn_like(value) for key, value in vae.state_dict().items()}
+    loaded.load_state_dict(weights)  # weights from disk replace the start
+    assert torch.equal(loaded.encoder.shortcut.weight, weights["encoder.shortcut.weight"])
+
+
+def test_shortcut_gets_further_in_few_steps():
+    images, errors = pictures(8), {}
+    for shortcut in (False, True):
+        torch.manual_seed(0)
+        settings = VAEConfig.tiny()
+        settings.shortcut = shortcut
+        model = SimpleNamespace(vae=VAE(settings))
+        stage = VAEStage(VAETraining(learning_rate=2e-3, crop=(32, 32), lpips=0, lr_fraction=0), model)
+        errors[shortcut] = np.mean([h["l1"] for h in run(stage, model, {"hr": images}, 15)[-5:]])
+    assert errors[True] < 0.6 * errors[False]
 
 
 # --- LPIPS ------------------------------------------------------------------------------------------------------------
