@@ -77,6 +77,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -367,8 +368,19 @@ _task = None  # what the processes of `_in_processes` run: set once in each, ins
 def _set_task(task) -> None:
     global _task
     _task = task
+
+
+@contextmanager
+def _one_thread():
+    """One thread for OpenCV and torch, for processes forked inside: a child that sets it itself waits forever."""
+    threads = cv2.getNumThreads(), torch.get_num_threads()
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(threads[0])
+        torch.set_num_threads(threads[1])
 
 
 def _run_task(chunk):
@@ -383,7 +395,9 @@ def _in_processes(task, chunks: Sequence, workers: int) -> Iterator:
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("fork" if "fork" in methods else None)
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_set_task, initargs=(task,)) as pool:
-        yield from pool.map(_run_task, chunks)
+        with _one_thread():
+            results = pool.map(_run_task, chunks)  # the processes start here
+        yield from results
 
 
 # %%
@@ -743,19 +757,15 @@ def make_loader(
     A batch is `dict(hr, lr (B, 3, H, W) float32 in [-1, 1], tokens (B, 24) long, centers (B, 24), text list[str])`.
     """
     order = BatchOrder(len(dataset), batch_size, seed=seed, start=start, rank=rank, world=world)
-    loader = DataLoader(
-        dataset, batch_sampler=order, num_workers=workers, collate_fn=_as_it_is, worker_init_fn=_one_thread
-    )
-    for batch in loader:  # pictures travel between processes as bytes and become numbers here
+    loader = DataLoader(dataset, batch_sampler=order, num_workers=workers, collate_fn=_as_it_is)
+    with _one_thread():
+        batches = iter(loader)  # the processes start here
+    for batch in batches:  # pictures travel between processes as bytes and become numbers here
         yield {**batch, "hr": to_float(batch["hr"]), "lr": to_float(batch["lr"])}
 
 
 def _as_it_is(batch: dict) -> dict:
     return batch
-
-
-def _one_thread(worker: int) -> None:
-    cv2.setNumThreads(1)
 
 
 # %%

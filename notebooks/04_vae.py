@@ -87,7 +87,6 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 from IPython import display
 from PIL import Image, ImageDraw
-from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from difftsr.dataset import SyntheticLines, make_loader
 from difftsr.degradation import DegradationConfig
@@ -95,7 +94,6 @@ from difftsr.text_lines import Alphabet, find_fonts, package_font_folders
 from difftsr.vae import random_crops  # defined further below
 
 torch.set_num_threads(1)  # the same sums in the same order on every machine
-set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})  # small pictures
 
 # %% [markdown]
 # ## Why fold an image at all
@@ -201,7 +199,7 @@ def strip(images, width):
     return picture.resize((width, round(width * picture.height / picture.width)), method)
 
 
-def sheet(width=800, **rows):
+def sheet(width=680, **rows):
     """Show named rows of images (n, 3, h, w), one below the other."""
     strips = {name.replace("_", " "): strip(images, width) for name, images in rows.items()}
     page, y = Image.new("RGB", (width, sum(s.height + 18 for s in strips.values())), "white"), 0
@@ -209,7 +207,7 @@ def sheet(width=800, **rows):
         ImageDraw.Draw(page).text((3, y + 4), name, "black")
         page.paste(picture, (0, y + 18))
         y += picture.height + 18
-    page.save(file := io.BytesIO(), "JPEG", quality=88, subsampling=0)  # a tenth of a PNG, for the notebook's size
+    page.save(file := io.BytesIO(), "JPEG", quality=75)  # a fifth of a PNG, for the notebook's size
     display.display(display.Image(file.getvalue()))
 
 

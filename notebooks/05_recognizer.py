@@ -1327,11 +1327,12 @@ with torch.no_grad():
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-weights_file = data_folder() / "weights" / "classroom" / "recognizer.safetensors"
+weights = data_folder() / "weights" / "classroom"
 everyday, classroom = Alphabet.classroom(), None
-if weights_file.exists():
+if (weights / "recognizer.safetensors").exists():
     classroom = TransOCR(RecognizerConfig(len(everyday))).eval()
-    classroom.load_state_dict(load_file(weights_file))  # stored as float16, used as float32
+    glyphs = load_file(weights / "glyphs.safetensors")["glyphs"]  # in a file of their own: all networks share them
+    classroom.load_state_dict({**load_file(weights / "recognizer.safetensors"), "embedding_word.glyphs": glyphs})
 print("the committed weights are used" if classroom else "no committed weights here: the digits have to do")
 
 # %%
