@@ -35,9 +35,9 @@ def unpack_bits(packed: Tensor) -> Tensor:
 class CharacterEmbedding(nn.Module):
     """A vector for each of K classes: a row of a table plus a linear map of the character's 24 x 24 bitmap.
 
-    E[k] = table[k] + W bitmap_k + b. The bitmap lets rare characters profit from frequent ones of similar shape
-    (MODEL_NOTES, glyph embeddings). Bitmaps are kept as bits, 72 bytes each, in the buffer `glyphs`, so that weights on
-    disk carry them; without `glyphs` they are blank until weights are loaded.
+    E[k] = table[k] + W bitmap_k + b. The bitmap lets rare characters profit from frequent ones of similar shape.
+    Bitmaps are kept as bits, 72 bytes each, in the buffer `glyphs`, so that weights on disk carry them; without
+    `glyphs` they are blank until weights are loaded.
     """
 
     def __init__(self, num_classes: int, dim: int, glyphs: Tensor | None = None):

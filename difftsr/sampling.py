@@ -298,7 +298,7 @@ def reference_sample(
     eta: float = 0.2,
     noise: Callable[[Sequence[int]], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """The published loop for the published networks, in its own order and units (PAPER.md, rows 1, 2, 4 and 12).
+    """The published loop for the published networks, in its own order and units.
 
     `unet(x, t, context)` predicts noise from concat(z, z_lr); `mom(c, z_lr, z, t)` gives (I_cond, C_cond);
     `tdm_step(c, index, I_cond)` gives new tokens at the step *index*, and None stands for the released default
