@@ -736,7 +736,7 @@ cut = replace(through, output=folder / "cut", resume=True)
 shutil.copytree(through.output, cut.output)
 newest = checkpoints(cut.output / "checkpoints" / "recognizer")[-1]
 newest.unlink()  # the power went before it was written
-train_stage(cut, "recognizer")
+resumed = train_stage(cut, "recognizer")
 
 # %%
 files = [checkpoints(run.output / "checkpoints" / "recognizer")[-1] for run in (through, cut)]
