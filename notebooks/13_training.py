@@ -245,6 +245,7 @@ class EMA:
 
 # %%
 toy = nn.Linear(1, 1, bias=False)
+nn.init.zeros_(toy.weight)
 toy_ema = EMA({"toy": toy}, decay=0.95)
 averaged_path = []
 for step_number, value in enumerate(naive_path):
