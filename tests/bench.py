@@ -69,7 +69,7 @@ def main() -> None:
     found = {"machine": machine(), "torch": torch.__version__, "repeats": chosen.repeats}
     found["convolution_gflops"] = round(convolution_rate(chosen.repeats), 1)
     for mode in ("full", "baseline", "no-text"):
-        for steps in (model.config.steps, 4):
+        for steps in sorted({model.config.steps, 4, 20}):
             seconds = median_seconds(lambda m=mode, s=steps: restore(model, image, mode=m, steps=s), chosen.repeats)
             found[f"seconds_a_line_{mode}_{steps}_steps"] = round(seconds, 3)
     for name, value in found.items():
