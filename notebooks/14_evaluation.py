@@ -59,9 +59,8 @@ if os.path.dirname(os.getcwd()) not in sys.path:
 
 # %%
 #| export
-import csv
+import io
 import json
-import os
 import sys
 import time
 import unicodedata
@@ -77,8 +76,8 @@ from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 from difftsr.model import DiffTSR
-from difftsr.restore import load_image, restore
-from difftsr.text_lines import find_fonts
+from difftsr.restore import load_image, restore, write_atomically
+from difftsr.text_lines import find_fonts, read_table
 
 # %%
 import matplotlib.pyplot as plt
@@ -289,12 +288,11 @@ def labelled(folder: Path) -> list[DemoLine]:
         files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_ENDINGS)
         return [DemoLine(file) for file in files]
     lines = []
-    with labels.open(encoding="utf-8", newline="") as table:
-        for row in csv.DictReader(table, delimiter="\t"):
-            name = row.get("file") or row["path"]
-            low, sharp = folder / "lr" / name, folder / "hr" / name
-            paired = low.exists() and sharp.exists()
-            lines.append(DemoLine(low if paired else folder / name, row["text"], sharp if paired else None))
+    for row in read_table(labels):
+        name = row.get("file") or row["path"]
+        low, sharp = folder / "lr" / name, folder / "hr" / name
+        paired = low.exists() and sharp.exists()
+        lines.append(DemoLine(low if paired else folder / name, row["text"], sharp if paired else None))
     return lines
 
 
@@ -425,7 +423,7 @@ def run_demo(config: EvaluateConfig) -> list[DemoRow]:
         "judge": f"PP-OCR{config.judge}", "weights": config.weights, "mode": config.mode, "seed": config.seed,
         "lines": [asdict(row) for row in rows], "mean_ned": mean_scores(rows),
     }  # fmt: skip
-    write_text(config.output / "report.json", json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+    write_atomically(config.output / "report.json", (json.dumps(report, ensure_ascii=False, indent=1) + "\n").encode())
     print(demo_table(rows, config.judge))
     print(f"images, gallery.png and report.json: {config.output}")
     return rows
@@ -461,16 +459,9 @@ def demo_table(rows: Sequence[DemoRow], judge: str) -> str:
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a PNG whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
-    picture.save(temporary)
-    os.replace(temporary, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    write_atomically(path, buffer.getvalue())
 
 
 # %%
