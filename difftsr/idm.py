@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['Prediction', 'Mix', 'REAL', 'TRUE', 'CONFUSED', 'NONE', 'MIX', 'ScheduleConfig', 'alpha_bar_table',
            'GaussianDiffusion', 'TextEncoderConfig', 'TextAttention', 'TextFeedForward', 'TextTransformer',
-           'TextEncoder', 'IDMConfig', 'IDM', 'similar_glyphs', 'confused', 'text_conditions', 'IDMTraining', 'error',
-           'latents', 'spread_times', 'ocr_loss', 'IDMStage']
+           'TextEncoder', 'columns_of', 'draw_text', 'IDMConfig', 'IDM', 'similar_glyphs', 'confused',
+           'text_conditions', 'IDMTraining', 'error', 'latents', 'spread_times', 'ocr_loss', 'IDMStage']
 
 # %% ../notebooks/07_idm.ipynb #8b5d1dfc
 import math
@@ -205,6 +205,56 @@ class TextEncoder(nn.Module):
         characters = transformer.token_emb.soft(reading.tokens, reading.probs)  # (B, n, character_dim)
         return transformer.project(torch.cat([characters, reading.confidence[..., None].to(characters)], dim=-1))
 
+# %% ../notebooks/07_idm.ipynb #874c540b
+def columns_of(centers: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What each of `width` columns of a line shows, by the centres (B, n) of its characters (-1: none). Each (B, width):
+
+    which character (-1: none); where in its room the column lies, 0 left to 1 right; and how wide that room is, in
+    units of the widest of the line. A room reaches half-way to the neighbours; the outer ones are as wide as the mean.
+    """
+    known = centers >= 0
+    x, order = torch.where(known, centers, 9.0).sort(1)  # from left to right, what is not there at the end
+    there, both = x < 9, x[:, 1:] < 9  # both: of the gap between a character and the next
+    gap = torch.where(both, (x[:, 1:] - x[:, :-1]) / 2, 0.0)
+    alone = torch.minimum(x[:, :1], 1 - x[:, :1]).clamp(0.02, 0.5)
+    mean = torch.where(both[:, :1], gap.sum(1, keepdim=True) / both.sum(1, keepdim=True).clamp(min=1), alone)
+    start = x - torch.cat([mean, torch.where(both, gap, mean)], 1)
+    end = x + torch.cat([torch.where(both, gap, mean), mean], 1)
+    column = (torch.arange(width, device=x.device) + 0.5) / width
+    inside = (column >= start[..., None]) & (column < end[..., None]) & there[..., None]  # (B, n, width)
+    index = inside.float().argmax(1)  # (B, width)
+    widest = torch.where(there, end - start, 0.0).amax(1, keepdim=True).clamp(min=1e-4)
+    start, end = start.gather(1, index), end.gather(1, index)
+    place = ((column - start) / (end - start).clamp(min=1e-4)).clamp(0, 1)
+    return torch.where(inside.any(1), order.gather(1, index), -1), place, (end - start) / widest
+
+
+def draw_text(reading: Reading, glyphs: Tensor, size: tuple[int, int]) -> Tensor:
+    """The text drawn where it stands: a `Reading` of B lines -> (B, 4, h, w) in [0, 1], for a latent of `size` (h, w).
+
+    glyphs: packed bitmaps (K, 72) of a `CharacterEmbedding`. A bitmap is stretched from its first column of ink to its
+    last over the room of its character, its em box over nine tenths of the height. An uncertain character is the sum
+    of its candidates' bitmaps, each as bright as it is probable; no text is black. There are two pixels a cell of the
+    latent along each axis: they become the four channels.
+    """
+    height, width = 2 * size[0], 2 * size[1]
+    which, place, room = columns_of(reading.centers, width)
+    lines, shown = torch.arange(len(which), device=which.device)[:, None], which.clamp(min=0)
+    tokens = reading.tokens[lines, shown]  # (B, width, k)
+    probs = reading.probs[lines, shown] * ((which >= 0)[..., None] & (tokens > UNK))
+    bitmaps = unpack_bits(glyphs[tokens]).float().unflatten(-1, (24, 24))  # (B, width, k, 24, 24)
+    ink, number = bitmaps.amax(-2) > 0, torch.arange(24, device=which.device)
+    first = torch.where(ink, number, 24).amin(-1) - 1  # with one column of air on both sides
+    last = torch.where(ink, number, -1).amax(-1) + 1
+    across = torch.maximum((last - first).float(), 24 * room[..., None].clamp(max=0.6))
+    column = (first + last) / 2 + (place[..., None] - 0.5) * across  # of the bitmap, for each column of the line
+    weights = (1 - (number - column[..., None]).abs()).clamp(min=0)  # (B, width, k, 24): linear interpolation
+    drawn = torch.einsum("bxkvu,bxku,bxk->bvx", bitmaps, weights, probs)  # (B, 24, width)
+    inner = round(0.9 * height)
+    drawn = F.interpolate(drawn[:, None], (inner, width), mode="bilinear", align_corners=False)
+    above = (height - inner) // 2
+    return F.pixel_unshuffle(F.pad(drawn, (0, 0, above, height - inner - above)), 2)
+
 # %% ../notebooks/07_idm.ipynb #85e3a4c3
 @dataclass
 class IDMConfig:
@@ -214,14 +264,16 @@ class IDMConfig:
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     prediction: Prediction = "residual"  # eps in the published model
+    canvas: bool = False  # draw the text as four more input channels
 
     @classmethod
     def tiny(cls, vocab_size: int = 38, latent_channels: int = 4) -> "IDMConfig":
         """For tests: about half a million parameters."""
         c = latent_channels
         return cls(
-            UNetConfig(2 * c, c, 24, (1, 2), num_res_blocks=1, num_heads=2, context_dim=48, groups=8),
+            UNetConfig(2 * c + 4, c, 24, (1, 2), num_res_blocks=1, num_heads=2, context_dim=48, groups=8),
             TextEncoderConfig(vocab_size, 48, 1, heads=2, dim_head=24, character_dim=32),
+            canvas=True,
         )
 
     @classmethod
@@ -239,12 +291,17 @@ class IDMConfig:
 
 # %% ../notebooks/07_idm.ipynb #8e2d8a8e
 class IDM(nn.Module):
-    """The image diffusion model: a U-Net on concat(z_t, z_lr) that reads the text while it removes the noise."""
+    """The image diffusion model: a U-Net on concat(z_t, z_lr) that reads the text while it removes the noise.
+
+    With `config.canvas` the drawn text is concatenated too, and the calls below need `text`.
+    """
 
     def __init__(self, config: IDMConfig, glyphs: Tensor | None = None):
         super().__init__()
         if config.prediction not in get_args(Prediction):
             raise ValueError(f"no prediction {config.prediction!r}: {', '.join(get_args(Prediction))}")
+        if config.canvas and not config.text_encoder.soft:
+            raise ValueError("canvas draws the bitmaps of a text encoder with soft=True")
         if config.prediction == "eps" and config.schedule.zero_terminal_snr:
             raise ValueError("eps-prediction says nothing about z_0 where alpha_bar is 0: set zero_terminal_snr=False")
         self.config = config
@@ -257,16 +314,19 @@ class IDM(nn.Module):
         return self.text_encoder(reading)
 
     def forward(
-        self, z_t: Tensor, z_lr: Tensor, t: Tensor, context: Tensor, centers: Tensor | None = None
+        self, z_t: Tensor, z_lr: Tensor, t: Tensor, context: Tensor, text: Reading | None = None
     ) -> Tensor:
-        """The raw prediction (B, C, h, w) at times t (B,), under a text `context` (B, 24, d) with `centers` (B, 24)."""
-        return self.unet(torch.cat([z_t, z_lr], dim=1), t, context, centers)
+        """The raw prediction (B, C, h, w) at times t (B,), under a `text` and the `context` (B, 24, d) made of it."""
+        seen = [z_t, z_lr]
+        if self.config.canvas:
+            seen.append(draw_text(text, self.text_encoder.transformer.token_emb.glyphs, z_t.shape[-2:]).to(z_t))
+        return self.unet(torch.cat(seen, dim=1), t, context, None if text is None else text.centers)
 
     def predict(
-        self, z_t: Tensor, z_lr: Tensor, t: Tensor, context: Tensor, centers: Tensor | None = None
+        self, z_t: Tensor, z_lr: Tensor, t: Tensor, context: Tensor, text: Reading | None = None
     ) -> tuple[Tensor, Tensor]:
         """Estimates (z_0, eps) of the clean latent and of the noise in z_t."""
-        prediction = self(z_t, z_lr, t, context, centers)
+        prediction = self(z_t, z_lr, t, context, text)
         return self.diffusion.to_z0_eps(prediction, z_t, t, z_lr, self.config.prediction)
 
 # %% ../notebooks/07_idm.ipynb #4f6d4fdf
@@ -445,7 +505,7 @@ class IDMStage:
         noise = torch.randn(z_hr.shape, generator=generator, device=generator.device).to(z_hr)
         z_t = diffusion.q_sample(z_hr, t, noise)
 
-        prediction = idm(z_t, z_lr, t, idm.context(told), told.centers)
+        prediction = idm(z_t, z_lr, t, idm.context(told), told)
         z_0, _ = diffusion.to_z0_eps(prediction, z_t, t, z_lr, kind)
         loss = self.denoising_loss(prediction, diffusion.target(z_hr, noise, t, z_lr, kind), diffusion, t, kind)
         logs = {"denoise": loss.detach(), "gain_db": 10 * torch.log10((z_lr - z_hr).square().mean() / error(z_0, z_hr))}

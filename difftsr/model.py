@@ -61,7 +61,7 @@ def tiny() -> ModelConfig:
     classes, latent = len(Alphabet.tiny()), (4, 8, 32)
     idm = IDMConfig.tiny(classes, latent[0])
     tdm = TDMConfig(classes, dim=64, depth=2, columns=32, feature_channels=64, latent_shape=latent)
-    unet = replace(idm.unet, model_channels=16, num_res_blocks=1)
+    unet = replace(idm.unet, in_channels=8, model_channels=16, num_res_blocks=1)
     mom = MoMConfig(unet, idm.text_encoder, latent_height=8, columns=32, tdm_dim=64, num_classes=classes)
     recognizer = RecognizerConfig.tiny(classes)
     return ModelConfig("tiny", (32, 128), "tiny", VAEConfig.tiny(), recognizer, idm, tdm, mom, steps=4)
@@ -69,11 +69,11 @@ def tiny() -> ModelConfig:
 
 def classroom() -> ModelConfig:
     """128 x 512 pixels, 3,900 characters; networks small enough to train in a lesson and to commit."""
-    classes, latent = len(Alphabet.classroom()), (8, 16, 64)
+    classes, latent = len(Alphabet.classroom()), (16, 16, 64)
     text_encoder = TextEncoderConfig(classes)
-    idm = IDMConfig(UNetConfig(16, 8, 48, (1, 2, 3)), text_encoder)
+    idm = IDMConfig(UNetConfig(36, 16, 48, (1, 2, 3)), text_encoder, canvas=True)
     tdm = TDMConfig(classes, dim=192, columns=64, feature_channels=256, latent_shape=latent)
-    unet = replace(idm.unet, model_channels=24, channel_mult=(1, 2), attention_resolutions=(2,), groups=8)
+    unet = replace(idm.unet, in_channels=32, model_channels=24, channel_mult=(1, 2), attention_resolutions=(2,), groups=8)
     mom = MoMConfig(unet, text_encoder, latent_height=16, columns=64, tdm_dim=tdm.dim, num_classes=classes)
     recognizer = RecognizerConfig(classes)
     return ModelConfig("classroom", (128, 512), "classroom", VAEConfig.classroom(), recognizer, idm, tdm, mom, steps=20)

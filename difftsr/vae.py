@@ -118,8 +118,8 @@ class VAEConfig:
 
     @classmethod
     def classroom(cls) -> "VAEConfig":
-        """f 8, eight latent channels: a line of 128 x 512 becomes 8 x 16 x 64."""
-        return cls()
+        """f 8, sixteen latent channels: a line of 128 x 512 becomes 16 x 16 x 64."""
+        return cls(latent_channels=16, shortcut=True)
 
     @classmethod
     def paper(cls) -> "VAEConfig":

@@ -571,7 +571,7 @@ class TDMConfig:
     timesteps: int = 1000
     columns: int = 64  # image tokens, from left to right
     feature_channels: int = 256  # of the recogniser's feature map
-    latent_shape: tuple[int, int, int] = (8, 16, 64)  # of z_lr
+    latent_shape: tuple[int, int, int] = (16, 16, 64)  # of z_lr
     posterior: Literal["mixture", "plugin"] = "mixture"  # plugin for a network trained by the bound
 
 

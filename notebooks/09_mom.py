@@ -362,7 +362,7 @@ def joint_step(
     context = model.tdm.context(reading.features, z_lr, residual)
     log_p0 = F.log_softmax(model.tdm(c_t, t, context, reading).float(), dim=1)
     believed = top_reading(log_p0, reading)
-    return log_p0, model.idm(z_t, z_lr, t, model.mom.text_condition(believed), believed.centers)
+    return log_p0, model.idm(z_t, z_lr, t, model.mom.text_condition(believed), believed)
 
 
 # %% [markdown]

@@ -96,7 +96,7 @@ import matplotlib.pyplot as plt
 # | symbol | tiny | classroom | paper | who must agree on it |
 # | --- | --- | --- | --- | --- |
 # | $H \times W$, the canvas | 32 x 128 | 128 x 512 | 128 x 512 | VAE, data |
-# | $C \times h \times w$, the latent | 4 x 8 x 32 | 8 x 16 x 64 | 3 x 32 x 128 | VAE, IDM, TDM, MoM |
+# | $C \times h \times w$, the latent | 4 x 8 x 32 | 16 x 16 x 64 | 3 x 32 x 128 | VAE, IDM, TDM, MoM |
 # | $K$, classes of a character | 38 | 3,892 | 6,736 | recogniser, IDM, TDM, MoM |
 # | $n$, characters of a line | 24 | 24 | 24 | all that read |
 # | $T$, noise levels | 1,000 | 1,000 | 1,000 | IDM, TDM, MoM |
@@ -144,7 +144,7 @@ def tiny() -> ModelConfig:
     classes, latent = len(Alphabet.tiny()), (4, 8, 32)
     idm = IDMConfig.tiny(classes, latent[0])
     tdm = TDMConfig(classes, dim=64, depth=2, columns=32, feature_channels=64, latent_shape=latent)
-    unet = replace(idm.unet, model_channels=16, num_res_blocks=1)
+    unet = replace(idm.unet, in_channels=8, model_channels=16, num_res_blocks=1)
     mom = MoMConfig(unet, idm.text_encoder, latent_height=8, columns=32, tdm_dim=64, num_classes=classes)
     recognizer = RecognizerConfig.tiny(classes)
     return ModelConfig("tiny", (32, 128), "tiny", VAEConfig.tiny(), recognizer, idm, tdm, mom, steps=4)
@@ -152,11 +152,11 @@ def tiny() -> ModelConfig:
 
 def classroom() -> ModelConfig:
     """128 x 512 pixels, 3,900 characters; networks small enough to train in a lesson and to commit."""
-    classes, latent = len(Alphabet.classroom()), (8, 16, 64)
+    classes, latent = len(Alphabet.classroom()), (16, 16, 64)
     text_encoder = TextEncoderConfig(classes)
-    idm = IDMConfig(UNetConfig(16, 8, 48, (1, 2, 3)), text_encoder)
+    idm = IDMConfig(UNetConfig(36, 16, 48, (1, 2, 3)), text_encoder, canvas=True)
     tdm = TDMConfig(classes, dim=192, columns=64, feature_channels=256, latent_shape=latent)
-    unet = replace(idm.unet, model_channels=24, channel_mult=(1, 2), attention_resolutions=(2,), groups=8)
+    unet = replace(idm.unet, in_channels=32, model_channels=24, channel_mult=(1, 2), attention_resolutions=(2,), groups=8)
     mom = MoMConfig(unet, text_encoder, latent_height=16, columns=64, tdm_dim=tdm.dim, num_classes=classes)
     recognizer = RecognizerConfig(classes)
     return ModelConfig("classroom", (128, 512), "classroom", VAEConfig.classroom(), recognizer, idm, tdm, mom, steps=20)
@@ -426,7 +426,7 @@ with torch.no_grad():
     residual = model.mom.image_condition(c_t, z_lr, z_t, t, reading=reading)
     logits = model.tdm(c_t, t, model.tdm.context(reading.features, z_lr, residual), reading)
     context = model.mom.text_condition(reading)
-    z0, eps = model.idm.predict(z_t, z_lr, t, context, reading.centers)
+    z0, eps = model.idm.predict(z_t, z_lr, t, context, reading)
 
 # %%
 shapes = {"z_lr": z_lr, "reading.tokens": reading.tokens, "reading.features": reading.features, "MoM to TDM": residual,

@@ -611,7 +611,7 @@ def sample(
     for t, s in zip(times, [*times[1:], -1]):
         c_t = guide.c_t
         condition, context = guide.step(z_t, t, s)
-        z0, eps = model.idm.predict(z_t, z_lr, torch.full((batch,), t, device=device), context, condition.centers)
+        z0, eps = model.idm.predict(z_t, z_lr, torch.full((batch,), t, device=device), context, condition)
         if trace:
             steps_done.append(Step(t, s, z_t.cpu(), z0.cpu(), c_t.cpu(), condition.to("cpu")))
         if solver == "dpm":

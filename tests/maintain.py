@@ -82,13 +82,13 @@ BADGE = (
 
 def lessons(names: list[str] | None = None) -> list[str]:
     """The stems of the named lessons, in order; of all lessons (those with a text or a notebook) without names."""
-    found = sorted({path.stem for end in ("py", "ipynb") for path in LESSONS.glob(f"[0-9][0-9]_*.{end}")})
+    found = sorted({path.stem for end in ("py", "ipynb") for path in LESSONS.glob(f"[0-9][0-9]*_*.{end}")})
     if not names:
         return found
     chosen = []
     for name in names:
         stem = Path(name).stem
-        matches = [lesson for lesson in found if stem in (lesson, lesson[:2])]
+        matches = [lesson for lesson in found if stem in (lesson, lesson.split("_")[0])]
         if not matches:
             raise SystemExit(f"{name}: no such lesson in notebooks/")
         chosen += matches

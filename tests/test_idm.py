@@ -1,9 +1,11 @@
 """The image diffusion: schedules, parametrisations, the text encoder, training conditions and the training stage."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from difftsr.idm import (
@@ -17,12 +19,14 @@ from difftsr.idm import (
     TextEncoder,
     TextEncoderConfig,
     alpha_bar_table,
+    columns_of,
+    draw_text,
     ocr_loss,
     similar_glyphs,
     spread_times,
     text_conditions,
 )
-from difftsr.recognizer import Reading, RecognizerConfig, TransOCR
+from difftsr.recognizer import CharacterEmbedding, Reading, RecognizerConfig, TransOCR
 from difftsr.text_lines import PAD, UNK
 from difftsr.vae import VAE, VAEConfig
 from parity_common import assert_close, load_fixture
@@ -272,7 +276,7 @@ def test_text_changes_what_is_predicted(prediction):
     with torch.no_grad():
         outs = []
         for text in (Reading.of(batch["tokens"]), Reading.of(batch["tokens"].flip(0)), Reading.none(2)):
-            z_0, eps = idm.predict(z_t, z_lr, t, idm.context(text), text.centers)
+            z_0, eps = idm.predict(z_t, z_lr, t, idm.context(text), text)
             assert z_0.shape == z_t.shape == eps.shape and z_0.isfinite().all()
             alpha, sigma = idm.diffusion.levels(t)
             torch.testing.assert_close(alpha * z_0 + sigma * eps, z_t, atol=1e-3, rtol=1e-3)
@@ -284,7 +288,7 @@ def test_an_untrained_residual_model_returns_the_low_resolution_latent():
     idm = IDM(IDMConfig.tiny(K))
     z_lr = torch.randn(1, 4, 8, 32, generator=generator())
     text = Reading.none(1)
-    z_0, _ = idm.predict(torch.randn(1, 4, 8, 32), z_lr, torch.tensor([999]), idm.context(text), text.centers)
+    z_0, _ = idm.predict(torch.randn(1, 4, 8, 32), z_lr, torch.tensor([999]), idm.context(text), text)
     assert torch.equal(z_0, z_lr)
 
 
@@ -317,7 +321,7 @@ def test_the_reading_of_a_one_step_estimate_teaches_the_unet(prediction, t):
     z_hr, z_lr = model.vae.to_latent(batch["hr"]), model.vae.to_latent(batch["lr"])
     noise, times = torch.randn(z_hr.shape, generator=g), torch.full((3,), t)
     z_t, text = model.idm.diffusion.q_sample(z_hr, times, noise), Reading.of(batch["tokens"], batch["centers"])
-    z_0, _ = model.idm.predict(z_t, z_lr, times, model.idm.context(text), text.centers)
+    z_0, _ = model.idm.predict(z_t, z_lr, times, model.idm.context(text), text)
     ocr_loss(model, z_0, batch["tokens"], times, 2).backward()
     gradients = [p.grad for p in model.idm.unet.parameters() if p.grad is not None]
     size = math.sqrt(sum(x.double().square().sum().item() for x in gradients))
@@ -382,3 +386,51 @@ def test_training_lowers_the_loss(prediction, loss):
             optimizer.zero_grad()
             history.append(float(logs["denoise"]))
     assert history[-1] < 0.9 * history[0]
+
+
+# --- the drawn text ---
+
+
+def test_columns_show_the_character_that_stands_there():
+    which, place, room = columns_of(torch.tensor([[0.5, 0.25, -1.0], [0.5, -1.0, -1.0], [-1.0, -1.0, -1.0]]), 8)
+    assert which[0].tolist() == [-1, 1, 1, 0, 0, -1, -1, -1]  # rooms of a quarter of the line around 1/4 and 1/2
+    torch.testing.assert_close(place[0, 1:5], torch.tensor([0.25, 0.75, 0.25, 0.75]))
+    assert which[1].tolist() == [0] * 8 and torch.all(place[1].diff() > 0)  # alone: all of the line
+    assert which[2].tolist() == [-1] * 8
+    assert room[0, 1:5].tolist() == [1] * 4
+    _, _, uneven = columns_of(torch.tensor([[0.1, 0.2, 0.7]]), 100)
+    assert uneven[0, 5] < uneven[0, 75] <= 1
+
+
+def test_drawn_text_is_as_bright_as_it_is_probable_and_stands_where_the_character_stands():
+    glyphs = torch.zeros(K, 24, 24)
+    glyphs[2, 2:22, 11:13] = 1.0  # an upright stroke
+    glyphs[3, 11:13, 2:22] = 1.0  # a level one
+    packed = CharacterEmbedding(K, 8, glyphs).glyphs
+    text = Reading.of(torch.tensor([[2, 3]]), torch.tensor([[0.25, 0.75]]))
+    picture = F.pixel_shuffle(draw_text(text, packed, (8, 32)), 2)[0, 0]  # (16, 64)
+    assert draw_text(text, packed, (8, 32)).shape == (1, 4, 8, 32)
+    assert picture.max() == pytest.approx(1, abs=0.05)
+    left, right = picture[:, :32], picture[:, 32:]
+    assert left.mean(1)[4:12].std() < 0.02 < left.mean(0).std()  # upright: all rows alike
+    assert right.mean(0)[4:28].std() < 0.02 < right.mean(1).std()
+    assert float((left.mean(0) * torch.arange(32)).sum() / left.mean(0).sum()) == pytest.approx(15.5, abs=1)
+    unsure = Reading(torch.tensor([[[2, 3], [3, 2]]]), torch.tensor([[[0.3, 0.2], [0.5, 0.0]]]), text.centers)
+    mixed = F.pixel_shuffle(draw_text(unsure, packed, (8, 32)), 2)[0, 0]
+    torch.testing.assert_close(mixed[:, 32:], 0.5 * right)
+    assert mixed[:, :32].max() <= 0.51
+    moved = Reading.of(text.best, text.centers + 0.125)
+    shifted = F.pixel_shuffle(draw_text(moved, packed, (8, 32)), 2)[0, 0]
+    torch.testing.assert_close(shifted[:, 8:], picture[:, :-8])
+
+
+def test_unknown_characters_and_no_text_are_not_drawn():
+    packed = CharacterEmbedding(K, 8, torch.ones(K, 24, 24)).glyphs
+    assert draw_text(Reading.none(2), packed, (8, 32)).abs().max() == 0
+    assert draw_text(Reading.of(torch.tensor([[UNK, PAD]])), packed, (8, 32)).abs().max() == 0
+    assert draw_text(Reading.of(torch.tensor([[2, PAD]])), packed, (8, 32)).max() > 0.9
+
+
+def test_canvas_needs_bitmaps():
+    with pytest.raises(ValueError, match="soft=True"):
+        IDM(replace(IDMConfig.paper(), canvas=True))

@@ -92,7 +92,7 @@ def test_presets_agree_on_the_sizes_that_networks_share(name):
 
 def test_classroom_geometry_is_the_documented_one():
     config = preset("classroom")
-    assert config.image_size == (128, 512) and config.tdm.latent_shape == (8, 16, 64)
+    assert config.image_size == (128, 512) and config.tdm.latent_shape == (16, 16, 64)
     assert config.steps == 20 and preset("paper").steps == 200
 
 

@@ -139,7 +139,7 @@ def test_joint_step_0_equals_the_earlier_stages(model):
         alone = model.tdm(c_t, t, model.tdm.context(reading.features, batch["z_lr"]), reading).log_softmax(1)
         assert torch.equal(log_p0, alone)
         told = top_reading(alone, reading)
-        assert torch.equal(prediction, model.idm(z_t, batch["z_lr"], t, model.idm.context(told), told.centers))
+        assert torch.equal(prediction, model.idm(z_t, batch["z_lr"], t, model.idm.context(told), told))
         wake(model)
         assert not torch.equal(joint_step(model, c_t, z_t, batch["z_lr"], t, reading)[0], alone)
 
