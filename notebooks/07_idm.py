@@ -522,9 +522,9 @@ assert encoder(Reading.none(2)).shape == (2, 24, 48)
 # %%
 #| export
 def columns_of(centers: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What each of `width` columns of a line shows, by the centres (B, n) of its characters (-1: none). Each (B, width):
+    """What each of `width` columns of a line shows, by the centres (B, n) of its characters (-1: none).
 
-    which character (-1: none); where in its room the column lies, 0 left to 1 right; and how wide that room is, in
+    Three answers (B, width): which character (-1: none); where in its room the column lies, 0 left to 1 right; and how wide that room is, in
     units of the widest of the line. A room reaches half-way to the neighbours; the outer ones are as wide as the mean.
     """
     known = centers >= 0

@@ -448,7 +448,9 @@ plt.show()
 
 # %%
 #| export
-def mismatch_limit(pairs: Sequence[tuple[Tensor, Tensor, tuple[int, int]]], share: float = 0.95, parts: int = 8) -> float:
+def mismatch_limit(
+    pairs: Sequence[tuple[Tensor, Tensor, tuple[int, int]]], share: float = 0.95, parts: int = 8
+) -> float:
     """The mismatch that the given share of true lines stays under, in parts as wide as characters.
 
     pairs: (sharp canvas (3, H, W), input canvas (3, H, W), size of the input); the light of the input is taken first,

@@ -62,8 +62,10 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -73,9 +75,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from difftsr.degradation import to_canvas
+from difftsr.gate import GateConfig, Verdict, gate
 from difftsr.model import DiffTSR
+from difftsr.recognizer import Reading
 from difftsr.sampling import Mode, Sample, Step, sample, timesteps
-from difftsr.text_lines import PAD, UNK
+from difftsr.text_lines import MAX_LENGTH, PAD, UNK, Alphabet
 
 # %%
 import matplotlib.pyplot as plt
@@ -262,7 +266,6 @@ red[..., 0] = 200
 pixels = np.asarray(canvas_to_line(line_to_canvas(red, (128, 512)), 3.0))
 assert pixels.shape == (128, 384, 3) and (pixels == [200, 0, 0]).all()  # red stays red, to the bit
 
-
 # %% [markdown]
 # ## 3. The call
 #
@@ -271,6 +274,67 @@ assert pixels.shape == (128, 384, 3) and (pixels == [200, 0, 0]).all()  # red st
 # - `seed`: a line's random numbers come from its seed alone, on the CPU. The same seed on the same device gives the same bytes, alone or in a batch.
 # - `candidates`: diffusion can try again. With `candidates=4` there are four attempts, and our own recogniser, which never saw the answer, says which one is the most legible: the mean log probability that it gives to the text the attempt was meant to show.
 # - `text`: what the line says, if you know it. It is never changed. A character outside the alphabet is restored from the image alone.
+
+# %% [markdown]
+# ## A stronger reader, if you like
+#
+# The first guess at the text comes from our own recogniser, which learned from rendered lines in a few hours. Whoever has the package `rapidocr` can ask PP-OCRv6 instead, which learned from millions of photographs: `reader="ppocr"`. It gives a text, a confidence for each character, and the column where it saw it, and that is all a `Reading` needs. A character outside our alphabet becomes *unknown*: it is restored from the image alone, and never replaced by another.
+
+# %%
+#| export
+Reader = Literal["own", "ppocr"]  # who reads the input first
+
+
+@lru_cache(maxsize=1)
+def ppocr_engine():
+    """PP-OCRv6 small; an `ImportError` that names the package where it is missing."""
+    try:
+        from rapidocr import RapidOCR
+    except ImportError as error:
+        raise ImportError("reader 'ppocr' needs the package rapidocr: pip install rapidocr") from error
+    return RapidOCR(params={"Global.log_level": "critical"})
+
+
+def ppocr_reading(images: Sequence[np.ndarray], alphabet: Alphabet) -> Reading:
+    """What PP-OCRv6 reads in lines (h, w, 3) uint8 RGB, with its confidences and the places of the characters.
+
+    The first 24 characters of each; those outside the alphabet become UNK. Spaces stand between their neighbours.
+    """
+    tokens = torch.full((len(images), MAX_LENGTH), PAD)
+    probs, centers = torch.ones(tokens.shape), torch.full(tokens.shape, -1.0)
+    for row, image in enumerate(images):
+        found = ppocr_engine()(
+            np.ascontiguousarray(image[..., ::-1]), use_det=False, use_cls=False, use_rec=True,
+            return_word_box=True, return_single_char_box=True,
+        )  # fmt: skip
+        for text, words in zip(found.txts or (), found.word_results or ()):
+            columns = [(column + 0.5) / words.line_txt_len for word in words.word_cols for column in word]
+            places = spread_places(text, columns)
+            sure = iter(words.confs)
+            shown = text[:MAX_LENGTH]
+            tokens[row, : len(shown)] = alphabet.encode(shown)[: len(shown)]
+            centers[row, : len(shown)] = torch.tensor(places[: len(shown)]).clamp(0, 1)
+            probs[row, : len(shown)] = torch.tensor([1.0 if c.isspace() else next(sure, 1.0) for c in shown])
+    return Reading(tokens[..., None], probs[..., None], centers)
+
+
+def spread_places(text: str, columns: Sequence[float]) -> list[float]:
+    """A place, 0 to 1, for each character, where only those that are no spaces have one, in order."""
+    known = [index for index, character in enumerate(text) if not character.isspace()][: len(columns)]
+    return np.interp(range(len(text)), known, columns[: len(known)]).tolist() if known else [0.5] * len(text)
+
+
+# %%
+print([round(place, 2) for place in spread_places("A B", [0.2, 0.8])])
+try:
+    seen = ppocr_reading([load_image(samples / "lr" / "01.png")], Alphabet("竹溪茶 "))
+    print("unknown:", int((seen.best == UNK).sum()), "of", int((seen.best != PAD).sum()), "characters")
+except ImportError as error:
+    print(error)
+
+
+# %% [markdown]
+# ## What comes back
 
 # %%
 #| export
@@ -283,6 +347,7 @@ class Restoration:
     confidence: list[float]  # one probability for each character of `text`
     read_from_input: str  # what the recogniser read before restoring
     seed: int = 0  # the seed of the chosen candidate
+    gate: Verdict | None = None  # what the do-no-harm gate did; None where it was off
     trace: list[Step] = field(default_factory=list)  # every z_t and c_t, where asked for
 
 
@@ -308,6 +373,8 @@ def restore_batch(
     text: Sequence[str] | None = None,
     height: int = 128,
     trace: bool = False,
+    do_no_harm: bool = True,
+    reader: Reader = "own",
     **settings,
 ) -> list[Restoration]:
     """Restore several lines in one batch; `text` is a list, one known text per line. Settings as in `restore`.
@@ -322,30 +389,43 @@ def restore_batch(
     device = next(model.parameters()).device
     lr = torch.stack([line_to_canvas(a, tuple(model.config.image_size)) for a in arrays]).to(device)
     tokens = None if text is None else model.alphabet.encode_batch(list(text)).to(device)
+    if reader not in get_args(Reader):
+        raise ValueError(f"reader must be one of {', '.join(get_args(Reader))}, not {reader!r}")
+    own = model.recognizer.read(lr)
+    reading = own if reader == "own" else ppocr_reading(arrays, model.alphabet).to(device)
+    reading.features = own.features  # the text diffusion looks at the columns of our own recogniser
     trials = [
-        sample(model, lr, steps=steps, mode=mode, seed=seed + k, text=tokens, trace=trace, **settings)
+        sample(model, lr, steps=steps, mode=mode, seed=seed + k, text=tokens, reading=reading, trace=trace, **settings)
         for k in range(candidates)
     ]
     best = [0] * len(arrays)
     if candidates > 1:
         scores = torch.stack([legibility(model, trial.image, trial.tokens) for trial in trials])
         best = scores.argmax(0).tolist()
+    chosen, verdicts = torch.stack([trials[k].image[i] for i, k in enumerate(best)]), [None] * len(arrays)
+    if do_no_harm and text is None:  # who says what the line says may change what is read
+        config = GateConfig(mismatch=model.config.mismatch_limit)
+        chosen, verdicts = gate(
+            model.recognizer, chosen, lr, [a.shape[:2] for a in arrays], config=config, before=own
+        )  # fmt: skip
     results = [
-        to_restoration(model, trials[k], i, a.shape[1] / a.shape[0], height=height, seed=seed + k)
+        to_restoration(model, trials[k], i, chosen[i], a.shape[1] / a.shape[0], height=height, seed=seed + k)
         for i, (k, a) in enumerate(zip(best, arrays))
     ]
+    for result, verdict in zip(results, verdicts):
+        result.gate = verdict
     for result, known in zip(results, text or []):
         result.text = known  # with the characters that the alphabet lacks
     return results
 
 
 def to_restoration(
-    model: DiffTSR, result: Sample, index: int, ratio: float, *, height: int = 128, seed: int = 0
+    model: DiffTSR, result: Sample, index: int, canvas: Tensor, ratio: float, *, height: int = 128, seed: int = 0
 ) -> Restoration:
-    """Line `index` of a sampled batch as a `Restoration` with the given ratio width / height."""
+    """Line `index` of a sampled batch, shown as `canvas` (3, H, W), as a `Restoration` of that ratio width / height."""
     tokens, probs = result.tokens[index].cpu(), result.probs[index].cpu()
     return Restoration(
-        image=canvas_to_line(result.image[index], ratio, height),
+        image=canvas_to_line(canvas, ratio, height),
         text=model.alphabet.decode(tokens),
         confidence=[round(p, 4) for p in probs[tokens != PAD].tolist()],
         read_from_input=model.alphabet.decode(result.reading.best[index].cpu()),
@@ -367,6 +447,8 @@ def restore(
     text: str | None = None,
     height: int = 128,
     trace: bool = False,
+    do_no_harm: bool = True,
+    reader: Reader = "own",
     **settings,
 ) -> Restoration:
     """Restore one line of text: a path, a PIL image or a uint8 array (H, W, 3), 1 to 8 times as wide as high.
@@ -374,13 +456,16 @@ def restore(
     steps: image steps, the preset's number by default. mode: "full", "baseline" or "no-text" (see `sample`).
     candidates: so many attempts with seeds seed, seed + 1, ...; the one that our recogniser reads best is returned.
     text: what the line says, where it is known (at most 24 characters; those outside the alphabet are restored from
-    the image alone). height: of the result, in pixels. trace: keep every z_t and c_t. Further settings go to `sample`.
+    the image alone). height: of the result, in pixels. trace: keep every z_t and c_t. do_no_harm: let the gate of
+    lesson 11b put the input back where the restored line reads worse or does not match it (not with a known text).
+    reader: who reads the input first, "own" or "ppocr" (PP-OCRv6 small, from the package rapidocr).
+    Further settings go to `sample`.
     The same seed on the same device gives the same bytes. Raises `ValueError` for what is no line of text.
     """
     texts = None if text is None else [text]
     return restore_batch(
         model, [image], steps=steps, mode=mode, seed=seed, candidates=candidates, text=texts, height=height,
-        trace=trace, **settings,
+        trace=trace, do_no_harm=do_no_harm, reader=reader, **settings,
     )[0]  # fmt: skip
 
 
@@ -454,6 +539,8 @@ class RestoreConfig:
     seed: int = 0  # the same seed gives the same bytes
     text: str | None = None  # what the line says, where it is known
     candidates: int = 1  # attempts; the most legible one is kept
+    do_no_harm: bool = True  # put the input back where the restored line reads worse or does not match it
+    reader: Reader = "own"  # who reads the input first: our recogniser, or PP-OCRv6 (needs the package rapidocr)
     device: str = "auto"  # "cpu", "cuda", ...; "auto" takes a GPU where there is one
 
 
@@ -485,6 +572,7 @@ def save_restoration(restoration: Restoration, output: Path, stem: str, **about)
         "read_from_input": restoration.read_from_input,
         "size": list(restoration.image.size),
         "seed": restoration.seed,
+        "gate": restoration.gate and asdict(restoration.gate),
         **about,
     }
     write_atomically(output / f"{stem}.png", buffer.getvalue())
@@ -507,7 +595,7 @@ def restore_files(model: DiffTSR, config: RestoreConfig) -> int:
             image = load_image(path)
             result = restore(
                 model, image, steps=config.steps, mode=config.mode, seed=config.seed, candidates=config.candidates,
-                text=config.text,
+                text=config.text, do_no_harm=config.do_no_harm, reader=config.reader,
             )  # fmt: skip
             about = {"file": path.name, "mode": config.mode, "steps": config.steps or model.config.steps}
             save_restoration(result, config.output, path.stem, **about)

@@ -2,8 +2,19 @@
 
 import pytest
 import torch
+
 from difftsr.gate import (
-    GateConfig, blur, certainty, gate, gaussian, mask_of, mismatch, mismatch_limit, read_trust, same_light, spans,
+    GateConfig,
+    blur,
+    certainty,
+    gate,
+    gaussian,
+    mask_of,
+    mismatch,
+    mismatch_limit,
+    read_trust,
+    same_light,
+    spans,
 )  # fmt: skip
 from difftsr.recognizer import Reading
 

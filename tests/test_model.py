@@ -86,7 +86,8 @@ def test_presets_agree_on_the_sizes_that_networks_share(name):
         model = DiffTSR(config)
     latent = model.vae.latent_shape(config.image_size)
     assert latent == tuple(config.tdm.latent_shape) and config.mom.latent_height == latent[1]
-    assert config.idm.unet.in_channels == 2 * latent[0] and config.idm.unet.out_channels == latent[0]
+    assert config.idm.unet.in_channels == 2 * latent[0] + 4 * config.idm.canvas
+    assert config.idm.unet.out_channels == latent[0]
     assert config.mom.columns == config.tdm.columns and config.mom.tdm_dim == config.tdm.dim
 
 
