@@ -209,8 +209,9 @@ class TextEncoder(nn.Module):
 def columns_of(centers: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """What each of `width` columns of a line shows, by the centres (B, n) of its characters (-1: none).
 
-    Three answers (B, width): which character (-1: none); where in its room the column lies, 0 left to 1 right; and how wide that room is, in
-    units of the widest of the line. A room reaches half-way to the neighbours; the outer ones are as wide as the mean.
+    Three answers (B, width): which character (-1: none); where in its room the column lies, 0 left to 1 right; and how
+    wide that room is, in units of the widest of the line. A room reaches half-way to the neighbours; the outer ones are
+    as wide as the mean.
     """
     known = centers >= 0
     x, order = torch.where(known, centers, 9.0).sort(1)  # from left to right, what is not there at the end
