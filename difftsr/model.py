@@ -24,7 +24,7 @@ from .idm import IDM, IDMConfig, TextEncoderConfig
 from .mom import MoM, MoMConfig, PublishedMoM, PublishedMoMConfig
 from .recognizer import RecognizerConfig, TransOCR, unpack_bits
 from .tdm import TDM, PublishedTDM, PublishedTDMConfig, TDMConfig
-from .text_lines import Alphabet, glyph_bitmaps
+from .text_lines import PAD, Alphabet, glyph_bitmaps
 from .unet import UNetConfig
 from .vae import VAE, VAEConfig
 
@@ -43,6 +43,7 @@ class ModelConfig:
     mom: MoMConfig | PublishedMoMConfig = field(default_factory=MoMConfig)
     steps: int = 20  # image steps of a restoration, where nobody asks for another number
     mismatch_limit: float = 0.6  # of the do-no-harm gate (lesson 11b); measured on data/eval/dev for given weights
+    reference: bool = False  # released weights (lesson 15): sampled as the released code does it
 
 # %% ../notebooks/10_model.ipynb #b83eeafe
 NETWORKS = ("vae", "recognizer", "idm", "tdm", "mom")  # attributes of DiffTSR, and file names on disk
@@ -138,14 +139,18 @@ def has_weights(name_or_path: str | os.PathLike) -> bool:
         return False
 
 # %% ../notebooks/10_model.ipynb #af7fe02c
-def read_config(file: Path) -> tuple[ModelConfig, Alphabet | None, list[str]]:
-    """Settings, alphabet and names of untrained networks from a config.json; `ValueError` that names the file."""
+def read_config(file: Path) -> tuple[ModelConfig, Alphabet | None, Alphabet | None, list[str]]:
+    """Settings, alphabet, the recogniser's own alphabet (released weights have one) and names of untrained networks.
+
+    All from a config.json; raises `ValueError` that names the file.
+    """
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
         config = from_plain(ModelConfig, about["config"])
-        characters = about["alphabet"]
+        characters, reader = about["alphabet"], about.get("reader_alphabet")
         alphabet = None if characters is None else Alphabet(characters, config.alphabet)
-        return config, alphabet, list(about.get("untrained", []))
+        reader = None if reader is None else Alphabet(reader, "reader")
+        return config, alphabet, reader, list(about.get("untrained", []))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not a configuration of this version ({type(error).__name__}: {error})") from None
 
@@ -186,7 +191,7 @@ def tensors_to_save(network: nn.Module, half: bool) -> tuple[dict[str, Tensor], 
             glyphs = value.cpu().contiguous()
         else:
             value = value.half() if half and key in parameters else value
-            tensors[key] = value.cpu().contiguous().clone()
+            tensors[key] = value.cpu().contiguous()  # no copy where it is not needed: published networks are large
     return tensors, glyphs
 
 # %% ../notebooks/10_model.ipynb #df1a1143
@@ -215,6 +220,7 @@ class DiffTSR(nn.Module):
         self.tdm = TDM(config.tdm, glyphs) if isinstance(config.tdm, TDMConfig) else PublishedTDM(config.tdm)
         self.mom = MoM(config.mom, glyphs) if isinstance(config.mom, MoMConfig) else PublishedMoM(config.mom)
         self.untrained: list[str] = list(NETWORKS)
+        self.reader_alphabet: Alphabet | None = None  # of a recogniser with classes of its own: released weights
 
     def networks(self) -> dict[str, nn.Module]:
         """The five networks by name, in the order in which they are trained."""
@@ -225,23 +231,35 @@ class DiffTSR(nn.Module):
         counts = {name: sum(p.numel() for p in network.parameters()) for name, network in self.networks().items()}
         return {**counts, "total": sum(counts.values())}
 
+    def reader_tokens(self, tokens: Tensor) -> Tensor:
+        """Texts (B, 24) in the model's classes -> in the recogniser's, where these are others (released weights)."""
+        if self.reader_alphabet is None:
+            return tokens
+        texts = [text.lower() for text in self.alphabet.decode_batch(tokens)]  # its table has no capitals
+        found = self.reader_alphabet.encode_batch(texts).to(tokens.device)
+        return torch.where(found == PAD, self.recognizer.config.end, found)
+
     def save(self, path: str | os.PathLike, half: bool = False) -> Path:
         """Write config.json, the glyphs once, and one safetensors file per network into the folder `path`.
 
-        half: parameters as float16, which halves the files; buffers keep their type. Everything is written under
-        temporary names and moved when the last file is complete.
+        half: parameters as float16, which halves the files; buffers keep their type. A network without memory (on the
+        device "meta") is left out. All is written under temporary names and moved when the last file is complete.
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
             staged = Path(temporary)
             for name, network in self.networks().items():
+                if next(network.parameters()).is_meta:
+                    continue
                 tensors, glyphs = tensors_to_save(network, half)
                 save_file(tensors, staged / f"{name}.safetensors")
                 if glyphs is not None:
                     save_file({"glyphs": glyphs}, staged / GLYPHS)
             characters = None if self.alphabet is None else self.alphabet.characters
             about = dict(format=1, untrained=self.untrained, alphabet=characters, config=asdict(self.config))
+            if self.reader_alphabet is not None:
+                about["reader_alphabet"] = self.reader_alphabet.characters
             (staged / CONFIG).write_text(json.dumps(about, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
             for file in sorted(staged.iterdir(), key=lambda file: file.name == CONFIG):  # the settings last
                 os.replace(file, folder / file.name)
@@ -255,7 +273,7 @@ class DiffTSR(nn.Module):
         folder = Path(folder)
         file = folder / f"{name}.safetensors"
         fill_network(getattr(self, name), read_tensors(file), file)
-        _, _, untrained = read_config(folder / CONFIG)
+        *_, untrained = read_config(folder / CONFIG)
         if name in self.untrained and name not in untrained:
             self.untrained.remove(name)
 
@@ -269,11 +287,12 @@ class DiffTSR(nn.Module):
         damaged files, a `ValueError` names the file and says what is wrong with it.
         """
         folder = weights_folder(name_or_path)
-        config, alphabet, _ = read_config(folder / CONFIG)
+        config, alphabet, reader, _ = read_config(folder / CONFIG)
         glyphs = None
         if (folder / GLYPHS).exists():
             glyphs = unpack_bits(read_tensors(folder / GLYPHS)["glyphs"]).unflatten(1, (24, 24))
         model = cls(config, alphabet, glyphs)
+        model.reader_alphabet = reader
         for name in NETWORKS:
             if (folder / f"{name}.safetensors").exists() or not missing_ok:
                 model.load_network(name, folder)

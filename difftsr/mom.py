@@ -120,10 +120,24 @@ class PublishedMoM(nn.Module):
         self.Unet = UNet(config.unet)
         self.Transformer = TextEncoder(config.text_encoder)
 
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """The part that starts as the IDM's."""
+        return self.Transformer
+
+    def image_condition(
+        self, c_t: Tensor, z_lr: Tensor, z_t: Tensor, t: Tensor, *, reading: Reading | None = None
+    ) -> Tensor:
+        """I_cond (B, 3, H, W) from tokens c_t (B, n). The LR latent comes first; a `reading` is not looked at."""
+        return self.Unet(self.config.scale * torch.cat([z_lr, z_t], dim=1), t, self.first_embeder(c_t))
+
+    def text_condition(self, text: Tensor | Reading) -> Tensor:
+        """C_cond (B, n, d): the text context of the IDM, from tokens (B, n) or from the best ones of a reading."""
+        return self.Transformer(text)
+
     def forward(self, c_t: Tensor, z_lr: Tensor, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(I_cond (B, 3, H, W), C_cond (B, n, d)) from tokens c_t (B, n). The LR latent comes first."""
-        picture = self.Unet(self.config.scale * torch.cat([z_lr, z_t], dim=1), t, self.first_embeder(c_t))
-        return picture, self.Transformer(c_t)
+        """(I_cond (B, 3, H, W), C_cond (B, n, d)) from tokens c_t (B, n)."""
+        return self.image_condition(c_t, z_lr, z_t, t), self.text_condition(c_t)
 
 # %% ../notebooks/09_mom.ipynb #d17fbbdb
 def joint_step(

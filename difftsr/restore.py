@@ -98,9 +98,15 @@ def as_array(image: np.ndarray | Image.Image | str | os.PathLike) -> np.ndarray:
     return image
 
 
-def line_to_canvas(image: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """A line, uint8 (h, w, 3), stretched to the canvas `size` = (H, W): float32 (3, H, W) in [-1, 1]."""
-    canvas = to_canvas(np.ascontiguousarray(image), size=size)
+def line_to_canvas(image: np.ndarray, size: tuple[int, int], reference: bool = False) -> Tensor:
+    """A line, uint8 (h, w, 3), stretched to the canvas `size` = (H, W): float32 (3, H, W) in [-1, 1].
+
+    `reference`: by Pillow's bicubic filter, as the released script does it.
+    """
+    if reference:
+        canvas = np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))
+    else:
+        canvas = to_canvas(np.ascontiguousarray(image), size=size)
     return torch.from_numpy(canvas).permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -167,13 +173,14 @@ class Restoration:
     gate: Verdict | None = None  # what the do-no-harm gate did; None where it was off
     trace: list[Step] = field(default_factory=list)  # every z_t and c_t, where asked for
 
-# %% ../notebooks/12_restore.ipynb #d144afe0
+# %% ../notebooks/12_restore.ipynb #c1af9c55
 def legibility(model: DiffTSR, images: Tensor, tokens: Tensor) -> Tensor:
     """Mean log probability (B,) that the recogniser gives to `tokens` (B, 24) in `images`: higher reads better."""
+    told = model.reader_tokens(tokens)
     with torch.no_grad():
-        log_probs = model.recognizer(images, tokens).log_softmax(-1)  # (B, 24, K)
-    per_character = log_probs.gather(-1, tokens[..., None])[..., 0]
-    used = (tokens > UNK).float()
+        log_probs = model.recognizer(images, told).log_softmax(-1)  # (B, 24, K)
+    per_character = log_probs.gather(-1, told[..., None])[..., 0]
+    used = ((told > UNK) & (told != model.recognizer.config.end)).float()
     return (per_character * used).sum(1) / used.sum(1).clamp(min=1)
 
 
@@ -202,29 +209,37 @@ def restore_batch(
         return []
     arrays = [as_array(image) for image in images]
     device = next(model.parameters()).device
-    lr = torch.stack([line_to_canvas(a, tuple(model.config.image_size)) for a in arrays]).to(device)
-    tokens = None if text is None else model.alphabet.encode_batch(list(text)).to(device)
+    size, reference = tuple(model.config.image_size), model.config.reference
+    lr = torch.stack([line_to_canvas(a, size, reference) for a in arrays]).to(device)
+    tokens = None if text is None else model.alphabet.encode_batch(list(text)).to(device).repeat(candidates, 1)
     if reader not in get_args(Reader):
         raise ValueError(f"reader must be one of {', '.join(get_args(Reader))}, not {reader!r}")
-    own = model.recognizer.read(lr)
-    reading = own if reader == "own" else ppocr_reading(arrays, model.alphabet).to(device)
-    reading.features = own.features  # the text diffusion looks at the columns of our own recogniser
-    trials = [
-        sample(model, lr, steps=steps, mode=mode, seed=seed + k, text=tokens, reading=reading, trace=trace, **settings)
-        for k in range(candidates)
-    ]
+    own = reading = None  # released weights read inside their own loop
+    if not reference:
+        own = model.recognizer.read(lr)
+        reading = own if reader == "own" else ppocr_reading(arrays, model.alphabet).to(device)
+        reading.features = own.features  # the text diffusion looks at the columns of our own recogniser
+        reading = reading[torch.arange(len(arrays)).repeat(candidates)]
+    seeds = [seed + k for k in range(candidates) for _ in arrays]  # all attempts are one batch, the first ones first
+    trials = sample(
+        model, lr.repeat(candidates, 1, 1, 1), steps=steps, mode=mode, seed=seeds, text=tokens, reading=reading,
+        trace=trace, **settings,
+    )  # fmt: skip
     best = [0] * len(arrays)
     if candidates > 1:
-        scores = torch.stack([legibility(model, trial.image, trial.tokens) for trial in trials])
+        scores = legibility(model, trials.image, trials.tokens).view(candidates, -1)
         best = scores.argmax(0).tolist()
-    chosen, verdicts = torch.stack([trials[k].image[i] for i, k in enumerate(best)]), [None] * len(arrays)
-    if do_no_harm and text is None:  # who says what the line says may change what is read
+    chosen = torch.stack([trials.image[k * len(arrays) + i] for i, k in enumerate(best)])
+    verdicts = [None] * len(arrays)
+    if do_no_harm and text is None and not reference:  # who says what the line says may change what is read
         config = GateConfig(mismatch=model.config.mismatch_limit)
         chosen, verdicts = gate(
             model.recognizer, chosen, lr, [a.shape[:2] for a in arrays], config=config, before=own
         )  # fmt: skip
     results = [
-        to_restoration(model, trials[k], i, chosen[i], a.shape[1] / a.shape[0], height=height, seed=seed + k)
+        to_restoration(
+            model, trials, k * len(arrays) + i, chosen[i], a.shape[1] / a.shape[0], height=height, seed=seed + k
+        )
         for i, (k, a) in enumerate(zip(best, arrays))
     ]
     for result, verdict in zip(results, verdicts):
@@ -248,7 +263,7 @@ def to_restoration(
         trace=[step[index] for step in result.trace],
     )
 
-# %% ../notebooks/12_restore.ipynb #23440dbc
+# %% ../notebooks/12_restore.ipynb #64cc50b0
 def restore(
     model: DiffTSR,
     image: np.ndarray | Image.Image | str | os.PathLike,

@@ -7,6 +7,8 @@ __all__ = ['timestep_embedding', 'zero_init', 'ResBlock', 'Downsample', 'Upsampl
 
 # %% ../notebooks/06_unet.ipynb #d4ddb615
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -108,11 +110,18 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_dim or query_dim, inner, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner, query_dim))
 
-    def forward(self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        source = x if context is None else context
-        q, k, v = (self.split(part) for part in (self.to_q(x), self.to_k(source), self.to_v(source)))
+    def forward(
+        self, x: Tensor, context: Tensor | tuple[Tensor, Tensor] | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """`context` may also be what `keys_values` made of it earlier."""
+        k, v = context if isinstance(context, tuple) else self.keys_values(x if context is None else context)
+        q = self.split(self.to_q(x))
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, heads, m, dim_head)
         return self.to_out(mixed.transpose(1, 2).flatten(2))
+
+    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """What the tokens `source` (B, n, c) offer: twice (B, heads, n, dim_head)."""
+        return self.split(self.to_k(source)), self.split(self.to_v(source))
 
     def split(self, x: Tensor) -> Tensor:
         """(B, m, heads * dim_head) -> (B, heads, m, dim_head)"""
@@ -195,14 +204,24 @@ class BasicTransformerBlock(nn.Module):
         self.attn2 = CrossAttention(dim, context_dim, heads, dim // heads)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
         self.distance = DistanceBias(heads) if position_codes else None
+        self.keeps_text, self.kept = False, None  # see UNet.fixed_text
 
     def forward(
         self, u: Tensor, context: Tensor, columns: Tensor | None = None, centers: Tensor | None = None
     ) -> Tensor:
         u = u + self.attn1(self.norm1(u))
-        bias = None if self.distance is None else self.distance(columns, centers).to(u.dtype)
-        u = u + self.attn2(self.norm2(u), context, bias)
+        offered, bias = self.kept or self.text(context, columns, centers)
+        u = u + self.attn2(self.norm2(u), offered, bias)
         return u + self.ff(self.norm3(u))
+
+    def text(
+        self, context: Tensor, columns: Tensor | None, centers: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        """All that depends on the text alone: keys and values, and the preference for what is near."""
+        bias = None if self.distance is None else self.distance(columns, centers).to(context.dtype)
+        text = self.attn2.keys_values(context), bias
+        self.kept = text if self.keeps_text else None
+        return text
 
 # %% ../notebooks/06_unet.ipynb #b161c8e1
 class SpatialTransformer(nn.Module):
@@ -319,6 +338,26 @@ class UNet(nn.Module):
                 self.output_blocks.append(block)
         last = zero_init(nn.Conv2d(width, config.out_channels, 3, padding=1))
         self.out = nn.Sequential(nn.GroupNorm(config.groups, width), nn.SiLU(), last)
+        self.kept_text = None  # the context and the centres whose keys and values the blocks keep
+
+    @contextmanager
+    def fixed_text(self) -> Iterator[None]:
+        """Inside this `with`, a context that is the same tensors as at the call before is not read again.
+
+        For sampling without gradients: keys, values and distances of a text that stands still are computed once.
+        """
+        try:
+            self.forget(keep=True)
+            yield
+        finally:
+            self.forget(keep=False)
+
+    def forget(self, keep: bool) -> None:
+        """Drop what the blocks kept of the text; from now on they keep the next one, or none."""
+        self.kept_text = (None, None) if keep else None
+        for block in self.modules():
+            if isinstance(block, BasicTransformerBlock):
+                block.keeps_text, block.kept = keep, None
 
     def res(self, channels: int, out_channels: int, resample: str | None = None) -> ResBlock:
         """A residual block of this network."""
@@ -365,6 +404,11 @@ class UNet(nn.Module):
         if x.shape[-2] % smallest or x.shape[-1] % smallest:
             raise ValueError(f"height and width must be divisible by {smallest}, not {tuple(x.shape[-2:])}")
         emb = self.time_embed(timestep_embedding(timesteps, self.config.model_channels).to(x.dtype))
+        if self.kept_text is not None:
+            before, places = self.kept_text
+            if context is not before or context_centers is not places:  # another text than at the call before
+                self.forget(keep=True)
+                self.kept_text = context, context_centers
         if self.token_positions is not None:
             if context_centers is None:
                 context_centers = context.new_full(context.shape[:2], -1.0)

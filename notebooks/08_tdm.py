@@ -873,7 +873,15 @@ class PublishedTDM(Denoiser):
         )
         self.rezero = nn.ParameterDict({"alpha": nn.Parameter(torch.zeros(1))})
 
-    def forward(self, tokens: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def context(self, features: Tensor | None, z_lr: Tensor, image: Tensor | None = None) -> Tensor:
+        """Image tokens (B, m, d): the numbers of a latent in the order in which they lie in memory (row 7).
+
+        `image`, MoM's I_cond (B, C, h, w), takes the place of z_lr; the recogniser's features are not looked at.
+        """
+        return (z_lr if image is None else image).reshape(len(z_lr), -1, self.config.dim)
+
+    def forward(self, tokens: Tensor, t: Tensor, context: Tensor, reading: Reading | None = None) -> Tensor:
+        """Logits (B, K, n); a `reading` is not looked at."""
         net, config = self.transformer, self.config
         time = net["mlp"](sinusoid(t / config.timesteps * 4000, config.dim))
         time = time.view(len(t), 1, config.dim, config.blocks, config.depth)  # the depth is the fastest axis
@@ -1031,7 +1039,8 @@ class TDMStage:
     def __init__(self, config: TDMTraining, model: nn.Module) -> None:
         self.config = config
         self.importance = ImportanceSampler(model.tdm.diffusion.timesteps)
-        self.similar = similar_glyphs(model.tdm.characters)
+        known = isinstance(model.tdm, TDM)  # the published network has no glyphs
+        self.similar = similar_glyphs(model.tdm.characters) if known else None
 
     def optimizers(self, model: nn.Module) -> dict[str, torch.optim.Optimizer]:
         train_only(model, "tdm")

@@ -58,7 +58,9 @@ if os.path.dirname(os.getcwd()) not in sys.path:
 # %%
 #| export
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -68,10 +70,11 @@ from torch import Tensor
 from difftsr.model import DiffTSR
 from difftsr.recognizer import Reading
 from difftsr.tdm import top_reading
-from difftsr.text_lines import PAD
+from difftsr.text_lines import PAD, UNK, UNKNOWN, Alphabet
 
 # %%
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -82,7 +85,7 @@ from difftsr.degradation import to_canvas
 from difftsr.idm import GaussianDiffusion, ScheduleConfig
 from difftsr.model import has_weights, preset
 from difftsr.tdm import MultinomialDiffusion
-from difftsr.text_lines import UNKNOWN, Alphabet, data_folder, find_fonts, package_font_folders
+from difftsr.text_lines import data_folder, find_fonts, package_font_folders
 
 set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})  # noise as PNG would make a heavy notebook
 
@@ -552,7 +555,7 @@ def sample(
     steps: int | None = None,
     mode: Mode = "full",
     seed: int | Sequence[int] = 0,
-    eta: float = 0.0,
+    eta: float | None = None,
     solver: Literal["ddim", "dpm"] = "ddim",
     start: Literal["noise", "lr"] = "noise",
     strength: float = 1.0,
@@ -565,17 +568,16 @@ def sample(
     mode "full": text and image diffusion inform each other through MoM in every step. "baseline": the recogniser's
     reading (or `reading`) conditions the image diffusion throughout. "no-text": the image diffusion alone.
     steps: 1..T, the preset's number by default. seed: one number for every line, or one per line; a line's result
-    depends on its own seed only, not on its neighbours in the batch. eta: 0 deterministic .. 1 ancestral (DDIM only).
+    depends on its own seed only, not on its neighbours in the batch. eta: 0 deterministic (the default) .. 1 ancestral.
     solver: "ddim", or "dpm" for DPM-Solver++(2M). start="lr" begins at time strength * T from the noised LR latent
     instead of from pure noise. text: tokens (B, 24) that are known; they are never changed. trace: keep every step.
+    Released weights (`config.reference`) go through `reference_sample`, with eta .2 by default.
     Raises `ValueError` for settings outside these.
     """
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, not {mode!r}")
     if mode == "no-text" and text is not None:
         raise ValueError("mode 'no-text' uses no text: leave the text out, or choose another mode")
-    if mode == "full" and not hasattr(model.tdm, "context"):
-        raise ValueError("mode 'full' is for our own text diffusion; the published networks have `reference_sample`")
     if solver not in ("ddim", "dpm") or (solver == "dpm" and eta):
         raise ValueError("solver must be 'ddim' or 'dpm', and 'dpm' has no eta")
     if start not in ("noise", "lr") or not 0 < strength <= 1:
@@ -584,6 +586,13 @@ def sample(
     seeds = list(seed) if isinstance(seed, Sequence) else [seed] * batch
     if len(seeds) != batch:
         raise ValueError(f"{len(seeds)} seeds for {batch} lines: give one seed, or one per line")
+    if model.config.reference:
+        if solver != "ddim" or start != "noise":
+            raise ValueError("released weights are sampled as released: solver 'ddim', start 'noise'")
+        return reference_sample(
+            model, lr, steps=model.config.steps if steps is None else steps, mode=mode, eta=0.2 if eta is None else eta,
+            noise=LineNoise(seeds, device), text=text, trace=trace,
+        )  # fmt: skip
     total = len(alpha_bar) if start == "noise" else max(1, round(strength * len(alpha_bar)))
     times = timesteps(model.config.steps if steps is None else steps, total)
 
@@ -607,18 +616,19 @@ def sample(
     else:
         guide = JointText(model, reading, z_lr, times[0], noise)
 
-    steps_done, previous = [], None
-    for t, s in zip(times, [*times[1:], -1]):
-        c_t = guide.c_t
-        condition, context = guide.step(z_t, t, s)
-        z0, eps = model.idm.predict(z_t, z_lr, torch.full((batch,), t, device=device), context, condition)
-        if trace:
-            steps_done.append(Step(t, s, z_t.cpu(), z0.cpu(), c_t.cpu(), condition.to("cpu")))
-        if solver == "dpm":
-            z_t, previous = dpm_solver_2m(z_t, z0, t, s=s, alpha_bar=alpha_bar, previous=previous), (t, z0)
-        else:
-            fresh = noise.normal(z_t.shape[1:]) if eta and s >= 0 else None
-            z_t = ddim_step(z0, eps, t, s=s, alpha_bar=alpha_bar, eta=eta, noise=fresh)
+    steps_done, previous, eta = [], None, eta or 0.0
+    with model.idm.unet.fixed_text() if isinstance(guide, FixedText) else nullcontext():
+        for t, s in zip(times, [*times[1:], -1]):
+            c_t = guide.c_t
+            condition, context = guide.step(z_t, t, s)
+            z0, eps = model.idm.predict(z_t, z_lr, torch.full((batch,), t, device=device), context, condition)
+            if trace:
+                steps_done.append(Step(t, s, z_t.cpu(), z0.cpu(), c_t.cpu(), condition.to("cpu")))
+            if solver == "dpm":
+                z_t, previous = dpm_solver_2m(z_t, z0, t, s=s, alpha_bar=alpha_bar, previous=previous), (t, z0)
+            else:
+                fresh = noise.normal(z_t.shape[1:]) if eta and s >= 0 else None
+                z_t = ddim_step(z0, eps, t, s=s, alpha_bar=alpha_bar, eta=eta, noise=fresh)
 
     tokens, probs = (reading.best, reading.confidence) if mode == "no-text" else (guide.c_t, guide.probs)
     image = model.vae.from_latent(z_t).clamp(-1, 1)
@@ -703,70 +713,154 @@ assert torch.allclose(again.image[1], modes["full"][0], atol=1e-3)  # its neighb
 # %% [markdown]
 # ## 9. The published loop
 #
-# Whoever samples from the released weights must keep the released habits: the networks were fitted to them. They are in one function of their own. The image moves first, then the text; MoM's two outputs come from one call; the times are leading; the last step adds noise; the TDM, where it is called at all, is told the step's index; $z_{LR}$ is a posterior *sample*, unscaled.
+# Whoever samples from the released weights must keep the released habits: the networks were fitted to them. They are in one function of their own, and `sample` calls it for a model whose settings say `reference` (lesson 15 loads such models). Its text comes first. The released networks number their classes otherwise: class $i$ is character $i$ of the table, and one last class means padding, unknown and space at once (row 10). Inside this package a text is what `Alphabet` says it is; two lines translate at the border.
 
 # %%
 #| export
-def reference_sample(
-    unet: Callable[[Tensor, Tensor, Tensor], Tensor],
-    mom: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
-    tdm_step: Callable[[Tensor, int, Tensor], Tensor] | None,
-    *,
-    z_lr: Tensor,
-    z: Tensor,
-    tokens: Tensor,
-    alpha_bar: Tensor,
-    steps: int = 200,
-    eta: float = 0.2,
-    noise: Callable[[Sequence[int]], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """The published loop for the published networks, in its own order and units.
+def to_released(tokens: Tensor, alphabet: Alphabet) -> Tensor:
+    """Classes of an `Alphabet` -> released classes: character i is i; one class is padding, unknown and space."""
+    return torch.where(tokens > UNK, tokens - 2, len(alphabet) - 2)
 
-    `unet(x, t, context)` predicts noise from concat(z, z_lr); `mom(c, z_lr, z, t)` gives (I_cond, C_cond);
-    `tdm_step(c, index, I_cond)` gives new tokens at the step *index*, and None stands for the released default
-    `general=True`, where the text never changes. The image moves first, and the last step adds noise too.
-    z_lr is the *unscaled* posterior sample, z the start; `noise(shape)` draws for the whole batch. -> (latent, tokens)
+
+def from_released(classes: Tensor, alphabet: Alphabet) -> Tensor:
+    """The way back: the one class that is no character becomes PAD."""
+    return torch.where(classes < len(alphabet) - 2, classes + 2, PAD)
+
+
+def simplified(text: str) -> str:
+    """Traditional characters as simplified ones (row 10) if the package zhconv is there; else a warning, and as is."""
+    try:
+        from zhconv import convert
+    except ModuleNotFoundError:
+        if any("\u4e00" <= c <= "\u9fff" for c in text):
+            warnings.warn("zhconv is missing, characters stay as read (pip install 'difftsr[released]')", stacklevel=2)
+        return text
+    return convert(text, "zh-cn")
+
+
+# %%
+#| export
+def released_reading(model: DiffTSR, lr: Tensor) -> Reading:
+    """What the released text predictor makes of canvases (B, 3, H, W) in [-1, 1], in the classes of `model.alphabet`.
+
+    The recogniser has an alphabet of its own. At most 23 characters count, since the first of its 24 places holds
+    START. Raises `ValueError` where the model does not know the recogniser's alphabet.
     """
-    times = reference_timesteps(steps, len(alpha_bar))
-    for index, t in zip(range(len(times) - 1, -1, -1), times):
-        s = times[len(times) - index] if index else 0
-        batch_t = torch.full((len(z),), t, device=z.device)
-        image_cond, text_cond = mom(tokens, z_lr, z, batch_t)
-        eps = unet(torch.cat([z, z_lr], 1), batch_t, text_cond)
-        a_t = level(alpha_bar, t)
-        z0 = (z - math.sqrt(1 - a_t) * eps) / math.sqrt(a_t)
-        z = ddim_step(z0, eps, t, s=s, alpha_bar=alpha_bar, eta=eta, noise=noise(z.shape))
-        if tdm_step is not None:
-            tokens = tdm_step(tokens, index, image_cond)
-    return z, tokens
+    if model.reader_alphabet is None:
+        raise ValueError("these weights came without the recogniser's alphabet: load them with reader_alphabet=...")
+    seen, characters = model.recognizer.read(lr), model.reader_alphabet.characters
+    end, texts = model.recognizer.config.end, []
+    for row in seen.best[:, :-1].tolist():
+        written = row[: row.index(end)] if end in row else row
+        texts.append(simplified("".join(UNKNOWN if k < 2 else characters[k - 2] for k in written)))
+    tokens = model.alphabet.encode_batch(text[: seen.best.shape[1]] for text in texts).to(lr.device)
+    return Reading.of(tokens, prob=seen.confidence)  # where the conversion kept the number of characters
 
+
+# %% [markdown]
+# And the loop: the image moves first, then the text; MoM's two outputs come from one call; the times are leading; the last step adds noise; the TDM, where it is called at all, is told the step's index; $z_{LR}$ is a posterior *sample*, unscaled. Where the text stands still, C_cond does not change, so it is computed once, and the U-Net keeps its keys and values; I_cond would reach nobody, and is not computed. That is all the freedom there is.
+
+# %%
+#| export
+LATENT_FACTOR = 0.18215  # the released code's one scale of latents; ours are measured, per channel
+
+
+@torch.no_grad()
+def reference_sample(
+    model: DiffTSR,
+    lr: Tensor,
+    *,
+    noise: LineNoise,
+    steps: int = 200,
+    mode: Mode = "baseline",
+    eta: float = 0.2,
+    text: Tensor | None = None,
+    trace: bool = False,
+) -> Sample:
+    """Restore canvases `lr` (B, 3, H, W) in [-1, 1] with the published networks, in the released order and units.
+
+    mode "baseline" is the released default `general=True`: the text stays as it was read (or as `text` (B, 24) says).
+    "full" is `general=False`; "no-text" gives padding instead of a text. Draws come from `noise` in this order:
+    the posterior of z_lr, the start, and in every step the image's and then the text's.
+    """
+    alpha_bar, unet = model.idm.diffusion.alpha_bar.cpu(), model.idm.unet
+    times = reference_timesteps(steps, len(alpha_bar))
+    reading = released_reading(model, lr)
+    tokens = to_released(reading.best if text is None else text.to(lr.device), model.alphabet)
+    probs = reading.confidence
+    if mode == "no-text":
+        tokens = torch.full_like(tokens, len(model.alphabet) - 2)
+    posterior = model.vae.encode(lr)
+    z_lr = posterior.mean + posterior.std * noise.normal(posterior.mean.shape[1:])  # not scaled (row 3)
+    a = float(alpha_bar[-1])
+    z = math.sqrt(a) * z_lr + math.sqrt(1 - a) * noise.normal(z_lr.shape[1:])  # row 4
+
+    context, steps_done = model.mom.text_condition(tokens), []
+    with nullcontext() if mode == "full" else unet.fixed_text():
+        for index, t in zip(range(len(times) - 1, -1, -1), times):
+            s = times[len(times) - index] if index else 0
+            batch_t = torch.full((len(z),), t, device=z.device)
+            if mode == "full":
+                image_condition, context = model.mom(tokens, z_lr, z, batch_t)
+            eps = unet(torch.cat([z, z_lr], 1), batch_t, context)
+            a_t = level(alpha_bar, t)
+            z0 = (z - math.sqrt(1 - a_t) * eps) / math.sqrt(a_t)
+            if trace:
+                ours = from_released(tokens, model.alphabet).cpu()
+                steps_done.append(Step(t, s, z.cpu(), z0.cpu(), ours, Reading.of(ours)))
+            z = ddim_step(z0, eps, t, s=s, alpha_bar=alpha_bar, eta=eta, noise=noise.normal(z.shape[1:]))
+            if mode == "full":  # row 2: the step's index stands where t belongs
+                told = model.tdm.context(None, z_lr, image_condition)
+                log_c0 = model.tdm(tokens, torch.full_like(batch_t, index), told).log_softmax(1)
+                tokens = noise.choose(model.tdm.posterior(log_c0, tokens, index))
+                probs = log_c0.exp().gather(1, tokens[:, None])[:, 0]
+    image = model.vae.decode(z / LATENT_FACTOR).clamp(-1, 1)
+    image = ((image + 1) * 127.5).floor() / 127.5 - 1  # row 13: truncated to 8 bits
+    return Sample(image, z, from_released(tokens, model.alphabet), probs, reading, steps_done)
+
+
+# %% [markdown]
+# A toy with three networks that only write down when they were asked shows the order, for both values of `general`:
 
 # %%
 calls = []
 
 
-def fake_unet(x, t, context):
-    calls.append(("unet", int(t[0])))
-    return torch.zeros_like(x[:, :3])
+class Recorder(torch.nn.Module):
+    """Writes its name and the time into `calls`, and answers with what `answer` makes of its arguments."""
+
+    def __init__(self, name: str, answer, place: int):
+        super().__init__()
+        self.name, self.answer, self.place = name, answer, place
+
+    def forward(self, *arguments):
+        calls.append(f"{self.name} {int(arguments[self.place][0])}")
+        return self.answer(*arguments)
 
 
-def fake_mom(c, z_lr, z, t):
-    calls.append(("mom", int(t[0])))
-    return z, torch.zeros(len(z), 24, 8)
-
-
-def fake_tdm(c, index, image_condition):
-    calls.append(("tdm", index))
-    return c
-
-
-latent = torch.zeros(1, 3, 4, 8)
-reference_sample(
-    fake_unet, fake_mom, fake_tdm, z_lr=latent, z=latent, tokens=answer, alpha_bar=published, steps=2, noise=torch.randn
+toy = SimpleNamespace(alphabet=alphabet, reader_alphabet=alphabet)
+toy.idm = SimpleNamespace(diffusion=GaussianDiffusion(ScheduleConfig(name="sqrt_linear", zero_terminal_snr=False)))
+toy.idm.unet = Recorder("IDM", lambda x, t, context: x[:, :3], 1)
+toy.idm.unet.fixed_text = nullcontext
+toy.mom = Recorder("MoM", lambda c, z_lr, z, t: (z, None), 3)
+toy.mom.text_condition = lambda tokens: None
+toy.tdm = Recorder("TDM", lambda c, t, context: torch.zeros(1, len(alphabet) - 1, 24), 1)
+toy.tdm.context = lambda features, z_lr, image_condition: image_condition
+toy.tdm.posterior = lambda log_c0, tokens, index: log_c0
+toy.vae = SimpleNamespace(
+    encode=lambda x: SimpleNamespace(mean=x[..., ::4, ::4], std=torch.ones(())),
+    decode=lambda z: torch.nn.functional.interpolate(z, scale_factor=4.0),
 )
-print(calls)
+toy.recognizer = SimpleNamespace(read=lambda lr: Reading.of(answer), config=SimpleNamespace(end=PAD))
+
+for kind in ("full", "baseline"):
+    calls.clear()
+    reference_sample(toy, torch.zeros(1, 3, 32, 128), steps=2, mode=kind, noise=LineNoise([0]))
+    print(f"{kind:8s}", calls)
 
 # %% [markdown]
+# The TDM is asked about levels 1 and 0, while the image is at 501 and 1: at these levels it has next to nothing to do.
+#
 # > **Row 12 once more.** `reference_sample` with `steps=300` raises a `ValueError` that says so, where the released code fails on an index.
 #
 # ## Summary

@@ -1,8 +1,8 @@
 """Shared by the parity tests: the recorded fixtures and the recipe that fills weights without storing them.
 
-The recorded inputs and outputs of the reference networks lie outside the repository, in the folder
-`$DIFFTSR_REFERENCE/parity`. Each fixture is a pair `NAME.safetensors` + `NAME.json`. Tests that need one call
-`load_fixture(NAME)`, which skips them, with the reason, on a machine that has no such folder.
+Recorded inputs and outputs of the reference networks: each fixture is a pair `NAME.safetensors` + `NAME.json`. Three
+of them lie in `tests/parity/`, the others outside the repository, in the folder `$DIFFTSR_REFERENCE/parity`. Tests that
+need one call `load_fixture(NAME)`, which skips them, with the reason, on a machine that does not have it.
 """
 
 import json
@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+
+COMMITTED = Path(__file__).parent / "parity"
 
 
 def parity_folder() -> Path:
@@ -45,8 +47,8 @@ class Fixture:
 
 
 def load_fixture(name: str) -> Fixture:
-    """Read fixture `name`, e.g. "vae_small"; skips the calling test where the reference folder is missing."""
-    folder = parity_folder()
+    """Read fixture `name`, e.g. "vae_small"; skips the calling test where it is not on this machine."""
+    folder = COMMITTED if (COMMITTED / f"{name}.json").exists() else parity_folder()
     fixture = Fixture(name, json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
     groups = {"weight": fixture.weights, "in": fixture.inputs, "out": fixture.outputs, "aux": fixture.aux}
     for full_name, tensor in load_file(folder / f"{name}.safetensors").items():

