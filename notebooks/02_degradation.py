@@ -1092,7 +1092,7 @@ STRENGTHS = {
         (4,), blur=(0.3, 0.9), bsrgan_blur=(0.1, 0.4), shrink=0.4, noise=(8, 25), poisson=(0.5, 2.5), jpeg=(30, 70)
     ),
     "severe": same_in_both(
-        (4, 6), blur=(0.5, 1.2), bsrgan_blur=(0.1, 0.35), shrink=0.3, noise=(15, 35), poisson=(1, 3.5), jpeg=(15, 45)
+        (5, 6, 7), blur=(0.5, 1.2), bsrgan_blur=(0.1, 0.35), shrink=0.3, noise=(15, 35), poisson=(1, 3.5), jpeg=(15, 45)
     ),
 }
 
