@@ -6,7 +6,7 @@ __all__ = ['PAD', 'UNK', 'UNKNOWN', 'MAX_LENGTH', 'ASCII', 'PUNCTUATION', 'TEXT_
            'PLACEHOLDER', 'HEIGHT', 'FONT_SIZE', 'SIGN_COLORS', 'MIN_CONTRAST', 'RUNNING_HANDS', 'gb2312', 'Alphabet',
            'Font', 'is_reserved_face', 'is_fit', 'package_font_folders', 'font_folders', 'find_fonts', 'data_folder',
            'read_phrases', 'read_table', 'reserved_texts', 'is_reserved', 'PhraseSampler', 'draw_mask', 'LineStyle',
-           'luminance', 'draw_colors', 'draw_style', 'place', 'compose', 'RenderedLine', 'LineRenderer',
+           'luminance', 'draw_colors', 'Looks', 'draw_style', 'place', 'compose', 'RenderedLine', 'LineRenderer',
            'contact_sheet', 'glyph_bitmaps', 'print_fonts', 'main']
 
 # %% ../notebooks/01_text_lines.ipynb #fc4862af
@@ -542,8 +542,33 @@ def draw_colors(rng: np.random.Generator) -> tuple[tuple, tuple]:
     return (20, 20, 20), (235, 235, 235)
 
 # %% ../notebooks/01_text_lines.ipynb #cdc2aa02
-def draw_style(font: Font, rng: np.random.Generator, *, length: int = 8) -> LineStyle:
+@dataclass(frozen=True)
+class Looks:
+    """How often each effect is met: shares of the lines, 0 to 1."""
+
+    gradient: float = 0.5
+    texture: float = 0.4  # blotches
+    grain: float = 0.2  # fine noise
+    shading: float = 0.3  # uneven light
+    fade: float = 0.15  # strokes that change their colour from top to bottom
+    bold: float = 0.3
+    outline: float = 0.15
+    shadow: float = 0.15
+    spacing: float = 0.35
+    stretch: float = 0.4
+    tight: float = 0.4  # cropped close to the ink, the others loosely
+    turned: float = 0.4
+    perspective: float = 0.3
+
+    def __post_init__(self):
+        for name, share in vars(self).items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} is a share of the lines, 0 to 1, not {share}")
+
+
+def draw_style(font: Font, rng: np.random.Generator, *, length: int = 8, looks: Looks | None = None) -> LineStyle:
     """A random look for a line of `length` characters, with enough contrast to be read."""
+    looks = looks or Looks()
 
     def chance(probability: float) -> bool:
         return rng.random() < probability
@@ -553,34 +578,34 @@ def draw_style(font: Font, rng: np.random.Generator, *, length: int = 8) -> Line
 
     style = LineStyle(font, *draw_colors(rng))
     # the background and the light
-    if chance(0.5):
+    if chance(looks.gradient):
         style.gradient, style.gradient_angle = tuple(rng.uniform(-45, 45, 3)), uniform(0, 2 * math.pi)
-    if chance(0.4):
+    if chance(looks.texture):
         style.texture = uniform(2, 16)
-    if chance(0.2):
+    if chance(looks.grain):
         style.grain = uniform(1, 4)
-    if chance(0.3):
+    if chance(looks.shading):
         style.shading = uniform(0.05, 0.3)
     # the strokes
-    if chance(0.15):
+    if chance(looks.fade):
         style.fade = tuple(rng.uniform(-50, 50, 3))
-    if chance(0.3):
+    if chance(looks.bold):
         style.bold = int(rng.integers(1, 3 if length > 12 else 4))
-    if chance(0.15):
+    if chance(looks.outline):
         style.outline = int(rng.integers(2, 6))
         style.outline_color = (255, 255, 255) if luminance(style.color) < 128 else (0, 0, 0)
-    if chance(0.15):
+    if chance(looks.shadow):
         style.shadow, style.shadow_strength = (uniform(-0.06, 0.06), uniform(0.01, 0.06)), uniform(0.3, 0.8)
     # the layout
-    if chance(0.35):
+    if chance(looks.spacing):
         style.spacing = uniform(-0.04, 0.06) if chance(0.6) else uniform(0.06, 0.5)
-    if chance(0.4):
+    if chance(looks.stretch):
         style.stretch = uniform(0.7, 1.3)
-    tight = chance(0.4)
+    tight = chance(looks.tight)
     style.margins = tuple(rng.uniform(0.01, 0.06, 4) if tight else rng.uniform(0.04, 0.25, 4))
-    if chance(0.4):
+    if chance(looks.turned):
         style.angle = float(np.clip(rng.normal(0, 1.5), -4, 4))
-    if chance(0.3):
+    if chance(looks.perspective):
         style.perspective = rng.uniform(-0.06, 0.06, (4, 2))
     return style
 
@@ -675,9 +700,10 @@ RUNNING_HANDS = ("Long Cang", "Zhi Mang Xing")  # hard to read even when sharp: 
 class LineRenderer:
     """Renders texts in random styles. All randomness comes from the generator that `render` is given."""
 
-    def __init__(self, fonts: Sequence[Font], *, latin_share: float = 0.6):
+    def __init__(self, fonts: Sequence[Font], *, latin_share: float = 0.6, looks: Looks | None = None):
         if not fonts:
             raise ValueError("no fonts: see `python -m difftsr.text_lines --fonts`")
+        self.looks = looks or Looks()
         self.latin_share = latin_share  # share of the ASCII lines set in a face without hanzi
         self.families: dict[str, list[Font]] = {}
         for font in fonts:
@@ -703,7 +729,7 @@ class LineRenderer:
         """The text as a line of height 128 whose width is 1 to 8 times that; longer lines are squeezed."""
         if not 0 < len(text) <= MAX_LENGTH:
             raise ValueError(f"a line has 1 to {MAX_LENGTH} characters, not {len(text)}: {text!r}")
-        style = style or draw_style(self.choose_font(text, rng), rng, length=len(text))
+        style = style or draw_style(self.choose_font(text, rng), rng, length=len(text), looks=self.looks)
         if not style.font.covers(text):
             raise ValueError(f"{style.font.name} does not hold all characters of {text!r}")
         mask, boxes, rows = draw_mask(text, style.font, style.spacing)

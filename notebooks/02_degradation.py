@@ -66,7 +66,7 @@ if os.path.dirname(os.getcwd()) not in sys.path:
 # %%
 #| export
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
@@ -347,21 +347,26 @@ KERNEL_KINDS = {  # name: (kind, round?, probability in Real-ESRGAN)
 }
 
 
+def draw_mixed(rng: np.random.Generator, sigma: Range = (0.2, 3.0), name: str | None = None) -> dict:
+    """Arguments of `bivariate_kernel` for one of the six kinds (or the one called `name`), at random."""
+    if name is None:
+        name = str(rng.choice(list(KERNEL_KINDS), p=[probability for _, _, probability in KERNEL_KINDS.values()]))
+    kind, is_round, _ = KERNEL_KINDS[name]
+    sigma_x = float(rng.uniform(*sigma))
+    sigma_y = None if is_round else float(rng.uniform(*sigma))
+    theta = 0.0 if is_round else float(rng.uniform(-np.pi, np.pi))
+    beta = 1.0
+    if kind != "gaussian":  # half the time flatter than a Gaussian, half the time more pointed
+        low, high = (0.5, 4.0) if kind == "generalized" else (1.0, 2.0)
+        beta = float(rng.uniform(low, 1.0) if rng.random() < 0.5 else rng.uniform(1.0, high))
+    return dict(sigma_x=sigma_x, sigma_y=sigma_y, theta=theta, kind=kind, beta=beta)
+
+
 def random_mixed_kernel(
     size: int, rng: np.random.Generator, sigma: Range = (0.2, 3.0), *, name: str | None = None
 ) -> np.ndarray:
     """One of the six kinds of kernel of Real-ESRGAN (or the one called `name`) with random width, angle and shape."""
-    if name is None:
-        name = str(rng.choice(list(KERNEL_KINDS), p=[probability for _, _, probability in KERNEL_KINDS.values()]))
-    kind, is_round, _ = KERNEL_KINDS[name]
-    sigma_x = rng.uniform(*sigma)
-    sigma_y = None if is_round else rng.uniform(*sigma)
-    theta = 0.0 if is_round else rng.uniform(-np.pi, np.pi)
-    beta = 1.0
-    if kind != "gaussian":  # half the time flatter than a Gaussian, half the time more pointed
-        low, high = (0.5, 4.0) if kind == "generalized" else (1.0, 2.0)
-        beta = rng.uniform(low, 1.0) if rng.random() < 0.5 else rng.uniform(1.0, high)
-    return bivariate_kernel(size, sigma_x, sigma_y, theta=theta, kind=kind, beta=beta)
+    return bivariate_kernel(size, **draw_mixed(rng, sigma, name))
 
 
 # %%
@@ -380,18 +385,23 @@ assert all(math.isclose(kernel.sum(), 1.0) for kernel in kernels.values())
 
 # %%
 #| export
+def separated(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """(column, row) whose product is the kernel, or None where it is no such product."""
+    middle = len(kernel) // 2
+    if kernel[middle, middle] <= 0:
+        return None
+    column, row = kernel[:, middle] / kernel[middle, middle], kernel[middle]
+    return (column, row) if np.abs(np.outer(column, row) - kernel).max() < 1e-12 else None
+
+
 def correlate(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     """Weighted sum of each pixel's neighbours; the border is mirrored without repeating the edge pixel (Real-ESRGAN).
 
     image (H, W, C), kernel (k, k) with k odd -> (H, W, C). A kernel that is a column times a row, as every round
     Gaussian is, runs as two one-dimensional filters: six times faster.
     """
-    middle = len(kernel) // 2
-    column, row = kernel[:, middle], kernel[middle]
-    if kernel[middle, middle] > 0:
-        column = column / kernel[middle, middle]
-        if np.abs(np.outer(column, row) - kernel).max() < 1e-12:
-            return cv2.sepFilter2D(image, -1, row, column, borderType=cv2.BORDER_REFLECT_101)
+    if pair := separated(kernel):
+        return cv2.sepFilter2D(image, -1, pair[1], pair[0], borderType=cv2.BORDER_REFLECT_101)
     return cv2.filter2D(image, -1, kernel, borderType=cv2.BORDER_REFLECT_101)
 
 
@@ -555,13 +565,18 @@ def gaussian_noise(shape: tuple[int, ...], sigma: float, rng: np.random.Generato
     return rng.standard_normal(drawn, dtype=np.float32) * np.float32(sigma / 255)
 
 
-def correlated_noise(shape: tuple[int, ...], sigma: float, rng: np.random.Generator) -> np.ndarray:
-    """Gaussian noise whose three colour channels have a random 3 x 3 covariance, at most (sigma / 255)^2 (BSRGAN)."""
+def noise_mix(sigma: float, rng: np.random.Generator) -> np.ndarray:
+    """A matrix (3, 3) that gives unit noise a random covariance of its colours, at most (sigma / 255)^2 (BSRGAN)."""
     basis, _, _ = np.linalg.svd(rng.random((3, 3)))
     covariance = np.abs((sigma / 255) ** 2 * basis.T @ np.diag(rng.random(3)) @ basis)
     # The absolute value may leave an eigenvalue below zero: its size is what counts, as in numpy's own sampler.
     values, vectors = np.linalg.eigh(covariance)
-    mix = (vectors * np.sqrt(np.abs(values))).T.astype(np.float32)
+    return (vectors * np.sqrt(np.abs(values))).T.astype(np.float32)
+
+
+def correlated_noise(shape: tuple[int, ...], sigma: float, rng: np.random.Generator) -> np.ndarray:
+    """Gaussian noise whose three colour channels have a random covariance: `noise_mix`."""
+    mix = noise_mix(sigma, rng)
     return rng.standard_normal(shape, dtype=np.float32) @ mix
 
 
@@ -1092,7 +1107,7 @@ STRENGTHS = {
         (4,), blur=(0.3, 0.9), bsrgan_blur=(0.1, 0.4), shrink=0.4, noise=(8, 25), poisson=(0.5, 2.5), jpeg=(30, 70)
     ),
     "severe": same_in_both(
-        (4, 6), blur=(0.5, 1.2), bsrgan_blur=(0.1, 0.35), shrink=0.3, noise=(15, 35), poisson=(1, 3.5), jpeg=(15, 45)
+        (5, 6, 7), blur=(0.5, 1.2), bsrgan_blur=(0.1, 0.35), shrink=0.3, noise=(15, 35), poisson=(1, 3.5), jpeg=(15, 45)
     ),
 }
 
@@ -1148,6 +1163,16 @@ def as_float(image: np.ndarray) -> np.ndarray:
     return image.astype(np.float32)
 
 
+def draw_setting(rng: np.random.Generator, config: DegradationConfig) -> tuple[str, Strength, str, int]:
+    """What a configuration leaves open: name and ranges of the strength, the pipeline, the scale."""
+    name = config.strength
+    if name == "mixed":
+        name = str(rng.choice(["mild", "medium", "hard", "severe"]))
+    strength = STRENGTHS[name]
+    pipeline = str(rng.choice(["real_esrgan", "bsrgan", "none"], p=[config.real_esrgan, config.bsrgan, config.none]))
+    return name, strength, pipeline, int(rng.choice(config.scales or strength.scales))
+
+
 def degrade(image: np.ndarray, rng: np.random.Generator, config: DegradationConfig | None = None) -> Degraded:
     """Spoil one line with a random pipeline, scale and everything else; all draws come from `rng`.
 
@@ -1156,12 +1181,7 @@ def degrade(image: np.ndarray, rng: np.random.Generator, config: DegradationConf
     """
     config = config or DegradationConfig()
     image = as_float(image)
-    name = config.strength
-    if name == "mixed":
-        name = str(rng.choice(["mild", "medium", "hard", "severe"]))
-    strength = STRENGTHS[name]
-    pipeline = str(rng.choice(["real_esrgan", "bsrgan", "none"], p=[config.real_esrgan, config.bsrgan, config.none]))
-    scale = int(rng.choice(config.scales or strength.scales))
+    name, strength, pipeline, scale = draw_setting(rng, config)
     if pipeline == "none":
         lr, scale = image, 1
     elif pipeline == "bsrgan":
@@ -1231,7 +1251,425 @@ assert list(distance.values()) == sorted(distance.values())
 
 
 # %% [markdown]
-# ## 12. Turn the knobs yourself
+# ## 12. A whole batch at once
+#
+# `degrade` works on one line, on one core. A graphics card wants many lines in one call, and a lesson wants to *see* what was drawn. So the second form has two halves:
+#
+# 1. `draw_recipe` draws, on the CPU, what shall happen to one line: a list of steps with their numbers. A recipe is plain data: it can be printed, stored, changed and done again.
+# 2. `follow` does the steps of many recipes to a batch of lines, in torch, on any device. At each round the lines that have the same operation next are done together.
+#
+# The distributions are those of `bsrgan` and `real_esrgan` above, with two differences: every JPEG is `diff_jpeg`, because no device has libjpeg, and Poisson noise comes from torch's exact sampler.
+
+# %%
+#| export
+@dataclass(frozen=True)
+class Recipe:
+    """What is done to one line: the pipeline, its scale and strength, and the steps in order.
+
+    A step is `dict(op=..., ...)` of plain numbers and strings: blur (kernel), resize (size, mode, clip), decimate
+    (every), noise (sigma, gray or mix, seed), poisson (scale, gray, seed) or jpeg (quality).
+    """
+
+    pipeline: str
+    scale: int
+    strength: str
+    steps: tuple[dict, ...]
+
+
+def recipe_kernel(family: str, **arguments) -> np.ndarray:
+    """The kernel (k, k) of a blur step."""
+    makers = {
+        "bivariate": bivariate_kernel,
+        "sinc": sinc_kernel,
+        "anisotropic": lambda **a: anisotropic_gaussian(**a)[::-1, ::-1],  # BSRGAN convolves: turned by 180 degrees
+        "round": lambda **a: fspecial_gaussian(**a)[::-1, ::-1],
+        "shifted": _shifted_gaussian,
+    }
+    if family not in makers:
+        raise ValueError(f"unknown kernel {family!r}; known: {', '.join(makers)}")
+    return makers[family](**arguments)
+
+
+def _shifted_gaussian(size: int, sigma: float, scale: int) -> np.ndarray:
+    kernel = shift_kernel(fspecial_gaussian(size, sigma), scale)
+    return kernel[::-1, ::-1] / kernel.sum()
+
+
+# %%
+#| export
+def _seed(rng: np.random.Generator) -> int:
+    return int(rng.integers(2**31))
+
+
+def _at_least(height: float, width: float) -> tuple[int, int]:
+    return max(MIN_SIDE, int(height)), max(MIN_SIDE, int(width))
+
+
+def _bsrgan_blur_step(scale: int, rng: np.random.Generator, ranges: BSRGANRanges) -> dict:
+    size = 2 * int(rng.integers(ranges.radius[0], ranges.radius[1], endpoint=True)) + 3
+    if rng.random() < 0.3:
+        theta = float(rng.uniform(0, np.pi))
+        l1, l2 = (max((4 + scale) * float(rng.uniform(*ranges.blur)), 1e-3) for _ in range(2))
+        return dict(op="blur", kernel=dict(family="anisotropic", size=size, theta=theta, l1=l1, l2=l2))
+    sigma = max((2 + 0.2 * scale) * float(rng.uniform(*ranges.blur)), 1e-2)
+    return dict(op="blur", kernel=dict(family="round", size=size, sigma=sigma))
+
+
+def _bsrgan_noise_step(rng: np.random.Generator, ranges: BSRGANRanges) -> dict:
+    level, kind = int(rng.integers(ranges.noise[0], ranges.noise[1], endpoint=True)), rng.random()
+    mix = noise_mix(ranges.noise[1], rng).tolist() if kind >= 0.8 else None
+    return dict(op="noise", sigma=float(level), gray=bool(0.4 <= kind < 0.8), mix=mix, seed=_seed(rng))
+
+
+def bsrgan_steps(
+    size: tuple[int, int], scale: int, rng: np.random.Generator, ranges: BSRGANRanges | None = None
+) -> list[dict]:
+    """The draws of `bsrgan` for a line of `size` (height, width)."""
+    ranges = ranges or BSRGANRanges()
+    height, width = size
+    steps: list[dict] = []
+
+    def jpeg_step() -> dict:
+        return dict(op="jpeg", quality=float(rng.integers(ranges.jpeg[0], ranges.jpeg[1], endpoint=True)))
+
+    if scale == 4 and rng.random() < 0.25:
+        mode = str(rng.choice(list(CV2_MODES))) if rng.random() < 0.5 else "matlab"
+        halved = (-(-height // 2), -(-width // 2)) if mode == "matlab" else _at_least(height // 2, width // 2)
+        height, width = halved
+        steps.append(dict(op="resize", size=halved, mode=mode, clip=True))
+        scale = 2
+    final = _at_least(height // scale, width // scale)
+    order = list(rng.permutation(6))
+    first, second = order.index(2), order.index(3)
+    if first > second:
+        order[first], order[second] = order[second], order[first]
+    for operation in order:
+        if operation in (0, 1):
+            steps.append(_bsrgan_blur_step(scale, rng, ranges))
+        elif operation == 2:
+            if rng.random() < 0.75 or min(height, width) < MIN_SIDE * scale:
+                factor = 1 / rng.uniform(ranges.shrink[0], ranges.shrink[1] * scale)
+                height, width = _at_least(height * factor, width * factor)
+                mode = str(rng.choice(["linear", "cubic", "area"]))
+                steps.append(dict(op="resize", size=(height, width), mode=mode, clip=True))
+            else:
+                kernel = dict(family="shifted", size=25, sigma=float(rng.uniform(0.1, 0.6 * scale)), scale=scale)
+                steps += [dict(op="blur", kernel=kernel), dict(op="decimate", every=scale)]
+                height, width = -(-height // scale), -(-width // scale)
+        elif operation == 3:
+            height, width = final
+            steps.append(
+                dict(op="resize", size=final, mode=str(rng.choice(["linear", "cubic", "area"])), clip=True)
+            )
+        elif operation == 4:
+            steps.append(_bsrgan_noise_step(rng, ranges))
+        elif rng.random() < 0.8:
+            steps.append(jpeg_step())
+    if rng.random() < 0.4:
+        steps.append(jpeg_step())
+    return steps
+
+
+# %%
+#| export
+def _esrgan_blur_step(rng: np.random.Generator, stage: ESRGANStage) -> dict:
+    size = random_kernel_size(rng)
+    if rng.random() < 0.1:
+        cutoff = float(rng.uniform(np.pi / 3 if size < 13 else np.pi / 5, np.pi))
+        return dict(op="blur", kernel=dict(family="sinc", size=size, cutoff=cutoff))
+    return dict(op="blur", kernel=dict(family="bivariate", size=size, **draw_mixed(rng, stage.sigma)))
+
+
+def _esrgan_resize_step(base: Range, rng: np.random.Generator, stage: ESRGANStage) -> dict:
+    direction = rng.choice(3, p=stage.resize_probability)
+    factor = rng.uniform(*(stage.enlarge, stage.shrink, (1.0, 1.0))[direction])
+    mode = str(rng.choice(["mean", "linear", "cubic"]))
+    return dict(op="resize", size=_at_least(int(base[0] * factor), int(base[1] * factor)), mode=mode, clip=False)
+
+
+def _esrgan_noise_step(rng: np.random.Generator, stage: ESRGANStage) -> dict:
+    is_gaussian, gray = rng.random() < 0.3, bool(rng.random() < stage.gray_probability)
+    if is_gaussian:
+        return dict(op="noise", sigma=float(rng.uniform(*stage.gaussian)), gray=gray, mix=None, seed=_seed(rng))
+    return dict(op="poisson", scale=float(rng.uniform(*stage.poisson)), gray=gray, seed=_seed(rng))
+
+
+def real_esrgan_steps(
+    size: tuple[int, int], scale: int, rng: np.random.Generator, ranges: RealESRGANRanges | None = None
+) -> list[dict]:
+    """The draws of `real_esrgan` for a line of `size` (height, width)."""
+    ranges = ranges or RealESRGANRanges()
+    height, width = size
+    first, second = ranges.first, ranges.second
+    steps = [_esrgan_blur_step(rng, first), _esrgan_resize_step(size, rng, first), _esrgan_noise_step(rng, first)]
+    steps.append(dict(op="jpeg", quality=float(rng.uniform(*first.jpeg))))
+    if rng.random() < second.blur_probability:
+        steps.append(_esrgan_blur_step(rng, second))
+    steps += [_esrgan_resize_step((height / scale, width / scale), rng, second), _esrgan_noise_step(rng, second)]
+    compression = dict(op="jpeg", quality=float(rng.uniform(*second.jpeg)))
+    compress_last = rng.random() < 0.5
+    mode = str(rng.choice(["mean", "linear", "cubic"]))
+    finish = [dict(op="resize", size=_at_least(height // scale, width // scale), mode=mode, clip=True)]
+    if rng.random() < ranges.final_sinc_probability:
+        cutoff, cells = float(rng.uniform(np.pi / 3, np.pi)), random_kernel_size(rng)
+        finish[0]["clip"] = False
+        finish.append(dict(op="blur", kernel=dict(family="sinc", size=cells, cutoff=cutoff)))
+    return [*steps, *finish, compression] if compress_last else [*steps, compression, *finish]
+
+
+def draw_recipe(size: tuple[int, int], rng: np.random.Generator, config: DegradationConfig | None = None) -> Recipe:
+    """Draw what shall happen to a line of `size` (height, width), as `degrade` would."""
+    config = config or DegradationConfig()
+    name, strength, pipeline, scale = draw_setting(rng, config)
+    if pipeline == "none":
+        return Recipe("none", 1, name, ())
+    if pipeline == "bsrgan":
+        steps = bsrgan_steps(size, scale, rng, strength.bsrgan)
+    else:
+        steps = real_esrgan_steps(size, scale, rng, strength.real_esrgan)
+    return Recipe(pipeline, scale, name, tuple(steps))
+
+
+# %% [markdown]
+# A recipe is read like one in a kitchen:
+
+# %%
+recipe = draw_recipe((128, 512), np.random.default_rng(5), DegradationConfig(strength="hard"))
+print(recipe.pipeline, "x", recipe.scale)
+for step in recipe.steps:
+    numbers = step.get("kernel", step)
+    shown = {name: round(value, 2) if isinstance(value, float) else value for name, value in numbers.items()}
+    print(f"{step['op']:8s}", {name: value for name, value in shown.items() if name not in ("op", "seed") and value})
+
+
+# %% [markdown]
+# Lines of one batch soon have different sizes: each is shrunk by its own factor. They are kept in the upper left corner of one tensor, with zeros around, and every operation must act as if each line stood alone. A resize is linear and separable, $Y = R\,X\,C^\top$: the matrices $R$ and $C$ are what the one-image resize does to the unit vectors, so both forms agree by construction.
+
+# %%
+#| export
+@lru_cache(maxsize=512)
+def resize_weights(old: int, new: int, mode: str) -> torch.Tensor:
+    """The (new, old) matrix of a resize along one axis; `mode` as in `resize`, "mean" (torch's area) or "matlab"."""
+    if mode == "matlab":
+        return torch.from_numpy(matlab_weights(old, new / old)[:new])
+    unit = np.eye(old, dtype=np.float32)[..., None]
+    tall = np.repeat(unit, MIN_SIDE, axis=1) if old < MIN_SIDE else unit
+    along = interpolate(tall, new, tall.shape[1], "area") if mode == "mean" else resize(tall, new, tall.shape[1], mode)
+    return torch.from_numpy(np.ascontiguousarray(along.reshape(new, -1)[:, :old]))
+
+
+def _padded(matrices: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Matrices of several sizes as one tensor (n, height, width), zeros around."""
+    height, width = (max(matrix.shape[axis] for matrix in matrices) for axis in (0, 1))
+    stacked = torch.zeros(len(matrices), height, width)
+    for place, matrix in zip(stacked, matrices, strict=True):
+        place[: matrix.shape[0], : matrix.shape[1]] = matrix
+    return stacked.to(device, non_blocking=True)
+
+
+def _mirror(sizes: torch.Tensor, longest: int, reach: int) -> torch.Tensor:
+    """(n, longest + 2 reach) indices that continue each line beyond its end as in a mirror, the edge not repeated."""
+    at = torch.arange(-reach, longest + reach, device=sizes.device)[None]
+    period = (2 * sizes[:, None] - 2).clamp(min=1)
+    at = at.remainder(period)
+    return torch.minimum(at, period - at).clamp(max=longest - 1)
+
+
+# %%
+#| export
+def _blur(x: torch.Tensor, sizes: torch.Tensor, steps: Sequence[dict]) -> torch.Tensor:
+    kernels = [recipe_kernel(**step["kernel"]) for step in steps]
+    reach = max(len(kernel) for kernel in kernels) // 2
+    kernels = [np.pad(kernel, reach - len(kernel) // 2) for kernel in kernels]
+    n, channels, height, width = x.shape
+    rows, columns = _mirror(sizes[:, 0], height, reach), _mirror(sizes[:, 1], width, reach)
+    x = x.gather(2, rows[:, None, :, None].expand(-1, channels, -1, width))
+    x = x.gather(3, columns[:, None, None, :].expand(-1, channels, x.shape[2], -1))
+    flat = x.reshape(1, n * channels, *x.shape[2:])
+    for weights in _passes(kernels):
+        weights = weights.to(x).repeat_interleave(channels, dim=0)
+        flat = F.conv2d(flat, weights[:, None], groups=n * channels)
+    return flat.reshape(n, channels, height, width)
+
+
+def _passes(kernels: Sequence[np.ndarray]) -> list[torch.Tensor]:
+    """One pass with the kernels (n, k, k), or two, columns then rows, where every kernel is a product of the two."""
+    pairs = [separated(kernel) for kernel in kernels]
+    if any(pair is None for pair in pairs):
+        return [torch.from_numpy(np.stack(kernels))]
+    columns, rows = (torch.from_numpy(np.stack(side)) for side in zip(*pairs, strict=True))
+    return [columns[:, :, None], rows[:, None, :]]
+
+
+def _resize(x: torch.Tensor, sizes: torch.Tensor, steps: Sequence[dict]) -> torch.Tensor:
+    old = sizes.tolist()
+    rows, columns = (
+        _padded([resize_weights(o[axis], step["size"][axis], step["mode"]) for o, step in zip(old, steps)], x.device)
+        for axis in (0, 1)
+    )
+    x = rows[:, None] @ x[:, :, : rows.shape[2], : columns.shape[2]] @ columns[:, None].mT
+    clip = torch.tensor([step["clip"] for step in steps], device=x.device)
+    return torch.where(clip[:, None, None, None], x.clamp(0, 1), x)
+
+
+def _drawn(x: torch.Tensor, sizes: torch.Tensor, steps: Sequence[dict], draw: Callable) -> torch.Tensor:
+    """`draw(line, step, generator)` for every line alone, so that the outcome does not depend on its neighbours."""
+    generator, out = torch.Generator(x.device), torch.zeros_like(x)
+    for i, ((height, width), step) in enumerate(zip(sizes.tolist(), steps, strict=True)):
+        generator.manual_seed(step["seed"])
+        out[i, :, :height, :width] = draw(x[i, :, :height, :width], step, generator)
+    return out
+
+
+def _noise(x: torch.Tensor, sizes: torch.Tensor, steps: Sequence[dict]) -> torch.Tensor:
+    def draw(line: torch.Tensor, step: dict, generator: torch.Generator) -> torch.Tensor:
+        shape = (1 if step["gray"] else 3, *line.shape[1:])
+        unit = torch.randn(shape, generator=generator, device=line.device)
+        if step["mix"] is not None:
+            return torch.einsum("chw,cd->dhw", unit, torch.tensor(step["mix"], device=line.device))
+        return unit * (step["sigma"] / 255)
+
+    return (x + _drawn(x, sizes, steps, draw)).clamp(0, 1)
+
+
+def _poisson(x: torch.Tensor, sizes: torch.Tensor, steps: Sequence[dict]) -> torch.Tensor:
+    def draw(line: torch.Tensor, step: dict, generator: torch.Generator) -> torch.Tensor:
+        if step["gray"]:
+            line = (line * line.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
+        light = (line.clamp(0, 1) * 255).round() / 255
+        distinct = torch.count_nonzero(torch.bincount((light * 255).long().flatten(), minlength=256))
+        levels = torch.exp2(torch.ceil(torch.log2(distinct.float())))  # stays on the device
+        return (torch.poisson(light * levels, generator=generator) / levels - light) * step["scale"]
+
+    return (x + _drawn(x, sizes, steps, draw)).clamp(0, 1)
+
+
+def _jpeg(x: torch.Tensor, sizes: torch.Tensor, steps: Sequence[dict]) -> torch.Tensor:
+    quality = torch.tensor([step["quality"] for step in steps], device=x.device)
+    return diff_jpeg(x.clamp(0, 1), quality)
+
+
+def _decimate(x: torch.Tensor, sizes: torch.Tensor, steps: Sequence[dict]) -> torch.Tensor:
+    every = {step["every"] for step in steps}
+    out = torch.zeros_like(x)
+    for k in every:
+        mine = torch.tensor([step["every"] == k for step in steps], device=x.device)
+        small = x[mine][:, :, ::k, ::k].clamp(0, 1)
+        out[mine, :, : small.shape[2], : small.shape[3]] = small
+    return out
+
+
+OPERATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor, Sequence[dict]], torch.Tensor]] = {
+    "blur": _blur,
+    "resize": _resize,
+    "decimate": _decimate,
+    "noise": _noise,
+    "poisson": _poisson,
+    "jpeg": _jpeg,
+}
+
+
+def _size_after(size: tuple[int, int], step: dict) -> tuple[int, int]:
+    if step["op"] == "resize":
+        return tuple(step["size"])
+    if step["op"] == "decimate":
+        return tuple(-(-side // step["every"]) for side in size)
+    return size
+
+
+# %%
+#| export
+@torch.no_grad()
+def follow(images: torch.Tensor, recipes: Sequence[Recipe]) -> list[torch.Tensor]:
+    """Do to every line of a batch what its recipe says, on the device of `images`.
+
+    images (B, 3, H, W) RGB in [0, 1] -> B tensors (3, h, w) in [0, 1], rounded to 8 bits, small as they come. The same
+    recipes give the same lines again on the same device: call it with stored recipes to replay them.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or len(images) != len(recipes):
+        raise ValueError(f"expected (B, 3, H, W) images and B recipes, not {tuple(images.shape)} and {len(recipes)}")
+    sizes = [[tuple(images.shape[2:])] for _ in recipes]
+    for line, recipe in zip(sizes, recipes, strict=True):
+        for step in recipe.steps:
+            line.append(_size_after(line[-1], step))
+    tallest, widest = (max(size[axis] for line in sizes for size in line) for axis in (0, 1))
+    x = F.pad(images.float(), (0, widest - images.shape[3], 0, tallest - images.shape[2]))
+    for number in range(max(len(recipe.steps) for recipe in recipes)):
+        for name, operation in OPERATIONS.items():
+            mine = [i for i, r in enumerate(recipes) if number < len(r.steps) and r.steps[number]["op"] == name]
+            if mine:
+                _advance(x, mine, operation, [recipes[i].steps[number] for i in mine],
+                         [sizes[i][number] for i in mine], [sizes[i][number + 1] for i in mine])  # fmt: skip
+    x = (x.clamp(0, 1) * 255).round() / 255
+    return [x[i, :, : line[-1][0], : line[-1][1]] for i, line in enumerate(sizes)]
+
+
+def _advance(x: torch.Tensor, mine: list[int], operation: Callable, steps: list, old: list, new: list) -> None:
+    """One operation on the lines `mine` of `x`, in place; outside of each line zeros stay zeros."""
+    height, width = (max(size[axis] for size in old) for axis in (0, 1))
+    index = torch.tensor(mine, device=x.device)
+    out = operation(x[index, :, :height, :width], torch.tensor(old, device=x.device), steps)
+    sides = torch.tensor(new, device=x.device)
+    down, across = (torch.arange(out.shape[axis], device=x.device)[None] for axis in (2, 3))
+    inside = (down < sides[:, :1])[:, None, :, None] & (across < sides[:, 1:])[:, None, None, :]
+    x[index] = 0
+    x[index, :, : out.shape[2], : out.shape[3]] = out * inside
+
+
+def degrade_batch(
+    images: torch.Tensor, seeds: Sequence[int], config: DegradationConfig | None = None
+) -> tuple[list[torch.Tensor], list[Recipe]]:
+    """Spoil a batch of lines, each with its own seed, and say how: the LR lines, and the recipes that made them.
+
+    images (B, 3, H, W) RGB in [0, 1], on any device; LR lines as in `follow`. Line i is a function of image i, seed i
+    and the kind of device, up to float rounding.
+    """
+    size = (images.shape[2], images.shape[3])
+    recipes = [draw_recipe(size, np.random.default_rng(seed), config) for seed in seeds]
+    return follow(images, recipes), recipes
+
+
+def canvas_batch(lines: Sequence[torch.Tensor], size: tuple[int, int] = (128, 512)) -> torch.Tensor:
+    """`to_canvas` for torch: lines (3, h, w) of several sizes in [0, 1] -> (B, 3, *size) on their device."""
+    out = []
+    for line in lines:
+        height, width = line.shape[1:]
+        for (h, w), mode in (((min(height, size[0]), min(width, size[1])), "area"), (size, "cubic")):
+            rows, columns = (resize_weights(o, n, mode).to(line) for o, n in zip(line.shape[1:], (h, w), strict=True))
+            line = rows @ line @ columns.T
+        out.append((line.clamp(0, 1) * 255).round() / 255)
+    return torch.stack(out)
+
+
+# %% [markdown]
+# Four lines, four recipes, and the same four again from what was recorded:
+
+# %%
+four = torch.from_numpy(line).permute(2, 0, 1).expand(4, -1, -1, -1)
+lr, recipes = degrade_batch(four, seeds=range(4), config=DegradationConfig(strength="hard"))
+assert all(torch.equal(a, b) for a, b in zip(lr, follow(four, recipes), strict=True))
+pictures = [picture.permute(1, 2, 0).numpy() for picture in canvas_batch(lr)]
+show({f"{i}: {recipe.pipeline} x{recipe.scale}": pictures[i] for i, recipe in enumerate(recipes)}, 2, 9)
+
+
+# %% [markdown]
+# And one recipe, step by step: who did what to the line?
+
+# %%
+def after_each_step(recipe: Recipe) -> dict[str, np.ndarray]:
+    """The line after 1, 2, ... steps of a recipe, enlarged, under the names of the operations."""
+    shown = {}
+    for number, step in enumerate(recipe.steps, 1):
+        part = follow(four[:1], [replace(recipe, steps=recipe.steps[:number])])
+        shown[f"{number}. {step['op']}"] = canvas_batch(part)[0].permute(1, 2, 0).numpy()
+    return shown
+
+
+show(after_each_step(recipe), 3, 11)
+
+
+# %% [markdown]
+# ## 13. Turn the knobs yourself
 #
 # First as a still picture, so that nothing is lost where no kernel runs: blur grows downwards, noise to the right.
 
@@ -1273,7 +1711,7 @@ assert len(picture.value) > 1000
 widgets.VBox([*sliders.values(), picture])
 
 # %% [markdown]
-# ## 13. What the released code does
+# ## 14. What the released code does
 #
 # > **A silent failure.** Around both pipelines the released code has, in essence,
 # > `try: lq = degrade(hq)` `except: lq = hq`. Whatever goes wrong, the model is given a pair with nothing to undo, is

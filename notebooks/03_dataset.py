@@ -68,6 +68,7 @@ if os.path.dirname(os.getcwd()) not in sys.path:
 
 # %%
 #| export
+import hashlib
 import io
 import json
 import multiprocessing
@@ -75,7 +76,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,7 +91,17 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
 from difftsr.degradation import DegradationConfig, degrade, to_canvas
-from difftsr.text_lines import MAX_LENGTH, Alphabet, Font, LineRenderer, PhraseSampler, find_fonts, read_table
+from difftsr.text_lines import (
+    MAX_LENGTH,
+    Alphabet,
+    Font,
+    LineRenderer,
+    Looks,
+    PhraseSampler,
+    data_folder,
+    find_fonts,
+    read_table,
+)
 
 # %%
 import tempfile
@@ -98,7 +109,7 @@ import tempfile
 import lmdb
 import matplotlib.pyplot as plt
 
-from difftsr.text_lines import contact_sheet, data_folder, is_reserved, package_font_folders
+from difftsr.text_lines import contact_sheet, is_reserved, package_font_folders
 
 # %% [markdown]
 # ## 1. One record
@@ -626,7 +637,10 @@ assert len(said) == 2 and set(ctr.errors) == {2, 4} and texts[2] == texts[3] and
 # %%
 #| export
 class PairFolder(LineSource):
-    """Real pairs: `labels.tsv` with the columns `file` and `text`, and the pictures `lr/FILE` and `hr/FILE`."""
+    """Real pairs: `labels.tsv` with the columns `file` and `text`, and the pictures `lr/FILE` and `hr/FILE`.
+
+    Where one sharp line has several bad ones, a column `hr` names its picture.
+    """
 
     def __init__(self, path: str | Path, alphabet: Alphabet, size: tuple[int, int], **options):
         super().__init__(alphabet, size, **options)
@@ -640,7 +654,8 @@ class PairFolder(LineSource):
 
     def line(self, index: int) -> Line:
         row = self.rows[index]
-        hr, lr = (self._open(self.path / side / row["file"]) for side in ("hr", "lr"))
+        hr = self._open(self.path / "hr" / (row.get("hr") or row["file"]))
+        lr = self._open(self.path / "lr" / row["file"])
         check_line(hr, row["text"])
         return Line(hr, row["text"], str(self.path / "lr" / row["file"]), lr=lr)
 
@@ -800,30 +815,54 @@ SAMPLES = (  # text, reserved face, pipeline, strength: the lines of data/sample
 )
 
 
-def write_pairs(folder: str | Path, rows: Sequence[tuple[str, str, str, str]], *, seed: int = 0) -> None:
-    """Writes lines (text, font family, pipeline, strength) as a folder that `PairFolder` reads: `hr/`, of height 128,
-    `lr/`, small as they come out of the degradation, and `labels.tsv`. Fonts reserved for evaluation are allowed here.
+Pair = tuple[str, str, str, tuple[str, ...]]  # text, family of the typeface, pipeline, strengths
+
+
+def write_pairs(
+    folder: str | Path,
+    pairs: Sequence[Pair],
+    *,
+    seed: int = 0,
+    form: Literal["png", "webp"] = "png",
+    looks: Looks | None = None,
+    scales: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
+    """Writes lines as a folder that `PairFolder` reads: `hr/`, of height 128, `lr/`, small as they come out of the
+    degradation, one for each strength, and `labels.tsv`. Lossless; fonts reserved for evaluation are allowed here.
+
+    `scales` names other scales for some strengths. Line k depends on (seed, k) alone, not on the other lines.
     """
     folder, fonts = Path(folder), find_fonts(training=False)
     unfinished = folder.with_name(f"{folder.name}.unfinished-{os.getpid()}")
-    table = ["file\ttext\tfont\tpipeline\tstrength"]
-    for number, (text, family, pipeline, strength) in enumerate(rows, 1):
-        rng = np.random.default_rng([seed, number])
-        faces = [font for font in fonts if font.family == family]
-        if not faces:
-            raise ValueError(f"the typeface {family} is not installed: see `python -m difftsr.text_lines --fonts`")
-        line = LineRenderer(faces).render(text, rng)
-        one = {"real_esrgan": 0.0, "bsrgan": 0.0} | {pipeline: 1.0}
-        lr = degrade(line.image, rng, DegradationConfig(**one, strength=strength)).lr
-        file = f"{number:02d}.png"
-        for side, image in (("hr", line.image), ("lr", lr)):
-            (unfinished / side).mkdir(parents=True, exist_ok=True)
-            cv2.imwrite(str(unfinished / side / file), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-        table.append("\t".join((file, text, line.style.font.name, pipeline, strength)))
-    (unfinished / "labels.tsv").write_text("\n".join(table) + "\n", encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    unfinished.rename(folder)
+    unfinished.mkdir(parents=True)
+    table = [("file", "hr", "text", "font", "pipeline", "strength")]
+    try:
+        for number, (text, family, pipeline, strengths) in enumerate(pairs, 1):
+            faces = [font for font in fonts if font.family == family]
+            if not faces:
+                raise ValueError(f"the typeface {family} is not installed: see `python -m difftsr.text_lines --fonts`")
+            rng = np.random.default_rng([seed, number])
+            line = LineRenderer(faces, looks=looks).render(text, rng)
+            hr = f"{number:02d}.{form}"
+            write_picture(unfinished / "hr" / hr, line.image)
+            one = {"real_esrgan": 0.0, "bsrgan": 0.0} | {pipeline: 1.0}
+            for strength in strengths:
+                file = hr if len(strengths) == 1 else f"{number:02d}-{strength}.{form}"
+                config = DegradationConfig(**one, strength=strength, scales=(scales or {}).get(strength))
+                lr = degrade(line.image, rng, config).lr
+                write_picture(unfinished / "lr" / file, lr)
+                table.append((file, hr, text, line.style.font.name, pipeline, strength))
+        (unfinished / "labels.tsv").write_text("".join("\t".join(row) + "\n" for row in table), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_picture(path: Path, image: np.ndarray) -> None:
+    """Writes a uint8 RGB picture without loss, as PNG or WebP by the ending of its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path, lossless=True, quality=75, method=4)
 
 
 # %%
@@ -833,6 +872,49 @@ assert all(is_reserved(line.text) and line.hr.shape[0] == 128 for line in lines)
 plt.figure(figsize=(9, 4))
 plt.imshow(contact_sheet([image for line in lines for image in (line.lr, line.hr)], columns=4))
 _ = plt.axis("off")
+
+# %% [markdown]
+# ### The evaluation sets
+#
+# `data/eval/dev` (40 lines, for every choice) and `data/eval/test` (80 lines, for reported figures only) hold each line in four strengths. The texts stand in `data/eval/texts.tsv`; the phrase sampler of lesson 01 refuses them. The four faces take turns, and so do the two pipelines. The severe range was set once, on `dev`: PP-OCRv4 reads .59 of the characters of its bicubic enlargements (mild 1.00, medium .99, hard .95; on `test` .56, 1.00, .99, .95). `python -m difftsr.dataset --eval FOLDER` writes both sets again where the four faces are installed, `sha256sum --check SHA256SUMS` says whether a copy is whole.
+
+# %%
+#| export
+STEPS = ("mild", "medium", "hard", "severe")  # the strengths of the evaluation sets, from easy to hard
+RESERVED_FAMILIES = ("LXGW WenKai", "AR PL SungtiL GB", "Smiley Sans", "ZCOOL QingKe HuangYou")
+EVALUATION_SEEDS = {"dev": 40, "test": 80}  # seeds of the two sets
+
+
+def evaluation_pairs(name: str) -> list[Pair]:
+    """The lines of the evaluation set `name`, "dev" or "test". A text that a face lacks goes to the next one."""
+    texts = [row["text"] for row in read_table(data_folder() / "eval" / "texts.tsv") if row["set"] == name]
+    fonts = find_fonts(training=False)
+    pairs: list[Pair] = []
+    for number, text in enumerate(texts):
+        turn = [RESERVED_FAMILIES[(number + step) % len(RESERVED_FAMILIES)] for step in range(len(RESERVED_FAMILIES))]
+        able = [family for family in turn if any(font.family == family and font.covers(text) for font in fonts)]
+        if not able:
+            raise ValueError(f"no reserved typeface holds {text!r}: see `python -m difftsr.text_lines --fonts`")
+        pipeline = ("real_esrgan", "bsrgan")[(number + number // len(RESERVED_FAMILIES)) % 2]
+        pairs.append((text, able[0], pipeline, STEPS))
+    return pairs
+
+
+def checksums(folder: Path, names: Sequence[str]) -> str:
+    """SHA-256 of every file below the named folders of `folder`, in the form that `sha256sum --check` reads."""
+    files = [path for name in names for path in sorted((folder / name).rglob("*")) if path.is_file()]
+    sums = [(hashlib.sha256(path.read_bytes()).hexdigest(), path.relative_to(folder).as_posix()) for path in files]
+    return "".join(f"{digest}  {file}\n" for digest, file in sums)
+
+
+def write_evaluation_sets(folder: str | Path) -> None:
+    """Writes `dev`, `test` and `SHA256SUMS` into a folder; needs the reserved typefaces."""
+    folder = Path(folder)
+    for name, seed in EVALUATION_SEEDS.items():
+        # Noise of the sharp side and large bad sides would take most of the bytes.
+        looks, scales = Looks(grain=0, texture=0.2), {"mild": (2, 3), "medium": (3, 4)}
+        write_pairs(folder / name, evaluation_pairs(name), seed=seed, form="webp", looks=looks, scales=scales)
+    (folder / "SHA256SUMS").write_text(checksums(folder, list(EVALUATION_SEEDS)), encoding="utf-8")
 
 
 # %% [markdown]
@@ -848,6 +930,7 @@ class DatasetOptions:
 
     pool: Path | None = None  # write a pool of lines into this folder, which must not exist
     samples: Path | None = None  # write the sample lines, in the faces reserved for evaluation, into this folder
+    eval: Path | None = None  # write the evaluation sets, in the same faces, into this folder
     count: int = 20_000  # lines
     degradations: int = 2  # of each line
     preset: Literal["tiny", "classroom", "paper"] = "classroom"  # sets alphabet and canvas
@@ -885,12 +968,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import tyro
 
     options = tyro.cli(DatasetOptions, args=arguments, prog="python -m difftsr.dataset")
-    if options.pool is None and options.samples is None:
-        print("error: nothing to do: name a folder with --pool or --samples", file=sys.stderr)
+    if not (options.pool or options.samples or options.eval):
+        print("error: nothing to do: name a folder with --pool, --samples or --eval", file=sys.stderr)
         return 2
     try:
         if options.samples:
-            write_pairs(options.samples, SAMPLES, seed=options.seed)
+            pairs = [(text, family, pipeline, (strength,)) for text, family, pipeline, strength in SAMPLES]
+            write_pairs(options.samples, pairs, seed=options.seed)
+        if options.eval:
+            write_evaluation_sets(options.eval)
         if options.pool:
             build_pool(options)
     except ValueError as error:

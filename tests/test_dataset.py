@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections import Counter
 
 import cv2
 import numpy as np
@@ -12,8 +13,10 @@ import pytest
 import torch
 
 from difftsr.dataset import (
+    RESERVED_FAMILIES,
     SAMPLES,
     SIZES,
+    STEPS,
     BatchOrder,
     Line,
     LinePool,
@@ -21,10 +24,13 @@ from difftsr.dataset import (
     LmdbLines,
     PairFolder,
     SyntheticLines,
+    checksums,
     decode_image,
+    evaluation_pairs,
     make_loader,
     open_source,
     to_float,
+    write_evaluation_sets,
     write_lmdb,
 )
 from difftsr.degradation import DegradationConfig
@@ -324,3 +330,47 @@ def test_command_line(tmp_path):
     again = run("--pool", tmp_path / "p", "--count", 5, "--preset", "tiny")
     assert again.returncode == 2 and "exists already" in again.stderr.splitlines()[-1]
     assert run().returncode == 2
+
+
+# The evaluation sets
+
+
+@pytest.mark.parametrize("name, count", [("dev", 40), ("test", 80)])
+def test_evaluation_sets(name, count, alphabet):
+    folder = data_folder() / "eval" / name
+    rows, texts = read_table(folder / "labels.tsv"), read_table(data_folder() / "eval" / "texts.tsv")
+    assert [row["text"] for row in rows] == [row["text"] for row in texts if row["set"] == name for _ in STEPS]
+    assert [row["strength"] for row in rows] == [*STEPS] * count and len({row["file"] for row in rows}) == 4 * count
+    assert all(is_reserved(row["text"]) and is_reserved_face(row["font"]) for row in rows)
+    faces, pipelines = Counter(row["font"].split()[0] for row in rows), Counter(row["pipeline"] for row in rows)
+    assert len(faces) == 4 and min(faces.values()) >= 4 * count // 5
+    assert pipelines == {"bsrgan": 2 * count, "real_esrgan": 2 * count}
+    pairs = PairFolder(folder, alphabet, SIZES["classroom"])
+    sizes = {step: [] for step in STEPS}
+    for row, line in zip(rows, map(pairs.line, range(len(pairs))), strict=True):
+        ratio, height = line.hr.shape[1] / 128, line.lr.shape[0]
+        assert line.hr.shape[0] == 128 and abs(ratio - line.lr.shape[1] / height) <= (1 + ratio) / height
+        sizes[row["strength"]].append(line.lr.shape[0])
+    assert all(max(sizes[step]) <= 64 and min(sizes[step]) >= 18 for step in STEPS)
+
+
+def test_evaluation_sets_are_as_committed():
+    folder = data_folder() / "eval"
+    told = (folder / "SHA256SUMS").read_text(encoding="utf-8")
+    assert checksums(folder, ["dev", "test"]) == told and told.count("\n") == 5 * (40 + 80) + 2
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 8_000_000
+
+
+def test_evaluation_sets_can_be_written_again(tmp_path, monkeypatch):
+    families = {font.family for font in find_fonts(training=False)}
+    if missing := set(RESERVED_FAMILIES) - families:
+        pytest.skip(f"needs the reserved typefaces: {', '.join(sorted(missing))}")
+    pairs = evaluation_pairs("dev")
+    monkeypatch.setattr("difftsr.dataset.evaluation_pairs", lambda name: pairs[:4] if name == "dev" else [])
+    write_evaluation_sets(tmp_path / "eval")
+    for row in read_table(tmp_path / "eval/dev/labels.tsv"):
+        for side in ("hr", "lr"):
+            file = row["hr" if side == "hr" else "file"]
+            new, old = (root / "dev" / side / file for root in (tmp_path / "eval", data_folder() / "eval"))
+            difference = np.abs(decode_image(new.read_bytes()).astype(int) - decode_image(old.read_bytes()))
+            assert difference.mean() < 0.5, (side, file)  # not to the bit: another FreeType draws a little otherwise

@@ -1,5 +1,8 @@
 """Degradation against the recorded blocks of the reference, and by properties that need no recording."""
 
+import json
+from dataclasses import asdict
+
 import cv2
 import numpy as np
 import pytest
@@ -463,3 +466,107 @@ def test_to_canvas(line):
         deg.to_canvas(line)
     with pytest.raises(ValueError, match="known: linear"):
         deg.to_canvas(image, interpolation="bicubic")
+
+
+# Batches and recipes ------------------------------------------------------------------------------------------------
+
+
+def followed_alone(image: np.ndarray, recipe: deg.Recipe) -> np.ndarray:
+    """A recipe without random steps, done with the blocks for one image."""
+    for step in recipe.steps:
+        if step["op"] == "blur":
+            image = deg.correlate(image, np.ascontiguousarray(deg.recipe_kernel(**step["kernel"])))
+        elif step["op"] == "resize" and step["mode"] == "matlab":
+            image = np.clip(deg.imresize(image, 0.5), 0, 1)
+        elif step["op"] == "resize":
+            mode, area = step["mode"], step["mode"] == "mean"
+            image = deg.interpolate(image, *step["size"], "area") if area else deg.resize(image, *step["size"], mode)
+            image = np.clip(image, 0, 1) if step["clip"] else image
+        elif step["op"] == "decimate":
+            image = np.clip(image[:: step["every"], :: step["every"]], 0, 1)
+        else:
+            image = deg.soft_jpeg(np.clip(image, 0, 1), step["quality"])
+    return np.rint(np.clip(image, 0, 1) * 255)
+
+
+def as_lines(line: np.ndarray, count: int) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(line)).permute(2, 0, 1).expand(count, -1, -1, -1)
+
+
+@pytest.mark.parametrize("pipeline", ONLY)
+def test_a_batch_does_what_the_blocks_for_one_image_do(line, pipeline):
+    config = deg.DegradationConfig(**ONLY[pipeline], scales=(1, 2, 3, 4))
+    recipes = []
+    for seed in range(24):
+        recipe = deg.draw_recipe(line.shape[:2], np.random.default_rng(seed), config)
+        still = tuple(step for step in recipe.steps if step["op"] not in ("noise", "poisson"))
+        recipes.append(deg.replace(recipe, steps=still))
+    done = {step["op"] for recipe in recipes for step in recipe.steps}
+    assert done >= {"blur", "resize", "jpeg"} and (pipeline != "bsrgan" or "decimate" in done)
+    for lr, recipe in zip(deg.follow(as_lines(line, 24), recipes), recipes, strict=True):
+        expected = followed_alone(line, recipe)
+        difference = np.abs(lr.permute(1, 2, 0).numpy() * 255 - expected)
+        assert difference.shape == expected.shape
+        # a value at the edge between two steps of the JPEG table may fall to either side: one block, a few levels
+        assert np.mean(difference > 1) < 0.02 and difference.mean() < 0.1, recipe
+
+
+def test_recipes_replay_to_the_bit_and_lines_do_not_depend_on_their_neighbours(line):
+    config, images = deg.DegradationConfig(strength="mixed"), as_lines(line, 6)
+    lines, recipes = deg.degrade_batch(images, range(6), config)
+    stored = [deg.Recipe(**json.loads(json.dumps(asdict(recipe)))) for recipe in recipes]
+    assert all(torch.equal(a, b) for a, b in zip(lines, deg.follow(images, stored), strict=True))
+    for i in range(6):
+        alone = deg.follow(images[:1], [recipes[i]])[0]
+        assert alone.shape == lines[i].shape and ((alone - lines[i]).abs() > 1.5 / 255).float().mean() < 0.02
+    other, _ = deg.degrade_batch(images, range(1, 7), config)
+    assert torch.equal(other[0], lines[1]) or (other[0] - lines[1]).abs().mean() < 1e-3
+
+
+def distances(lines, image: np.ndarray) -> np.ndarray:
+    """Root mean square distance of LR lines (h, w, 3) in [0, 1] from the area-averaged input."""
+    small = {one.shape: cv2.resize(image, one.shape[1::-1], interpolation=cv2.INTER_AREA) for one in lines}
+    return np.array([np.sqrt(((one - small[one.shape]) ** 2).mean()) for one in lines])
+
+
+def agree(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two means differ by less than four standard errors, and the spreads by less than half."""
+    error = np.hypot(a.std() / len(a) ** 0.5, b.std() / len(b) ** 0.5)
+    return abs(a.mean() - b.mean()) < 4 * error and 2 / 3 < (a.std() / b.std()) < 3 / 2
+
+
+@pytest.mark.parametrize("strength", deg.STRENGTHS)
+@pytest.mark.parametrize("pipeline", ONLY)
+def test_both_forms_follow_the_same_law(line, pipeline, strength):
+    config, count = deg.DegradationConfig(**ONLY[pipeline], strength=strength), 120
+    alone = [deg.degrade(line, np.random.default_rng(seed), config).lr / 255 for seed in range(count)]
+    lines, _ = deg.degrade_batch(as_lines(line, count), range(1000, 1000 + count), config)
+    assert agree(distances(alone, line), distances([one.permute(1, 2, 0).numpy() for one in lines], line))
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4])
+@pytest.mark.parametrize("pipeline", ONLY)
+def test_recorded_statistics_of_batches(recorded, pipeline, scale):
+    expected = recorded.manifest["random_pipeline_statistics"]["draws"][f"{pipeline}_sf{scale}"]["rmse_vs_area"]
+    image = cv2.imread(str(parity_folder() / "degradation" / "input_0.png"))[:, :256, ::-1].astype(np.float32) / 255
+    config = deg.DegradationConfig(**ONLY[pipeline], scales=(scale,))
+    lines, _ = deg.degrade_batch(as_lines(image, 60), range(60), config)
+    found = distances([one.permute(1, 2, 0).numpy() for one in lines], image)
+    error = np.hypot(expected["std"], found.std()) / 60**0.5
+    assert abs(found.mean() - expected["mean"]) < 4 * error
+
+
+def test_canvas_of_a_batch(line):
+    lines = [torch.from_numpy(cv2.resize(line, size)).permute(2, 0, 1) for size in ((30, 16), (900, 40), (512, 128))]
+    batch = deg.canvas_batch(lines)
+    assert batch.shape == (3, 3, 128, 512)
+    for one, expected in zip(batch, lines, strict=True):
+        expected = deg.to_canvas((expected.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+        assert np.abs(one.permute(1, 2, 0).numpy() * 255 - expected).max() < 3
+
+
+def test_wrong_batches_are_refused(line):
+    with pytest.raises(ValueError, match="and 2"):
+        deg.follow(as_lines(line, 3), [deg.Recipe("none", 1, "mild", ())] * 2)
+    with pytest.raises(ValueError, match="unknown kernel"):
+        deg.recipe_kernel("box", size=3)
