@@ -28,7 +28,10 @@ class FewStepTraining(IDMTraining):
     l1: float = 1.0
     lpips: float = 0.5
     lpips_net: str = "alex"
-    latent: float = 0.1  # weight of the squared error in the latent, which keeps the answer where the decoder knows it
+    latent: float = 0.05  # weight of the squared error in the latent, which keeps the answer where the decoder knows it
+    temperature: float = 0.0  # scale of the noise that a restoration starts from
+    decoder: bool = True  # the decoder learns too: what it makes of a smooth latent need not be smooth
+    round_trip: float = 0.25  # weight of what it must not forget: sharp latents (with `decoder`)
 
 # %% ../notebooks/16_faster.ipynb #1c73ea35
 @torch.no_grad()
@@ -47,15 +50,25 @@ def arrive(idm: nn.Module, z_lr: Tensor, told: Reading, *, steps: int, number: i
 
 
 class FewStepStage(IDMStage):
-    """Trains `model.idm`, which must be trained already, to be right after one step, after two, ..."""
+    """Trains `model.idm`, which must be trained already, to be right after one step, after two, ...
+
+    With `training.decoder` the VAE's decoder learns along; its encoder, and so the latent space, stays as it is.
+    """
 
     name = "few-step"
-    trains = ("idm",)
+    trains = ("idm", "vae")
 
     def __init__(self, training: FewStepTraining, model: nn.Module):
         super().__init__(training, model)
         self.perceptual = LPIPS(training.lpips_net)
         self.perceptual.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+    def optimizers(self, model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+        optimizers = super().optimizers(model)
+        if self.training.decoder:
+            decoder = [p for name, p in model.vae.named_parameters() if name.startswith(("decoder", "post_quant"))]
+            optimizers["idm"].add_param_group(dict(params=decoder, weight_decay=0.0))
+        return optimizers
 
     def losses(
         self, model: nn.Module, batch: dict, generator: torch.Generator
@@ -64,28 +77,39 @@ class FewStepStage(IDMStage):
         settings, idm = self.training, model.idm
         for network in (model.vae, model.recognizer):
             network.eval().requires_grad_(False)
+        if settings.decoder:
+            for group in ("decoder", "post_quant_conv"):
+                getattr(model.vae, group).requires_grad_(True)
         self.perceptual.to(batch["hr"].device)
         z_hr, z_lr = latents(model.vae, batch)
         told = self.text(model, batch, generator)
         steps = self.draw(settings.max_steps, generator) + 1
-        noise = torch.randn(z_hr.shape, generator=generator, device=generator.device).to(z_hr)
+        noise = torch.randn(z_hr.shape, generator=generator, device=generator.device).to(z_hr) * settings.temperature
         z_t, t = arrive(idm, z_lr, told, steps=steps, number=self.draw(steps, generator), noise=noise)
         times = torch.full((len(z_t),), t, device=z_t.device)
         z_0, _ = idm.predict(z_t, z_lr, times, idm.context(told), told)
 
-        width = min(settings.columns, z_0.shape[-1])
-        left, f = self.draw(z_0.shape[-1] - width + 1, generator), model.vae.config.reduction
-        x_hat = model.vae.from_latent(z_0[..., left : left + width])
-        x = batch["hr"][..., left * f : (left + width) * f]
-        parts = {
-            "l1": (x_hat - x).abs().mean(), "lpips": self.perceptual(x_hat, x).mean(),
-            "latent": (z_0 - z_hr).square().mean(),
-        }  # fmt: skip
+        l1, lpips = self.in_pixels(model.vae, z_0, batch["hr"], settings.columns, generator)
+        parts = {"l1": l1, "lpips": lpips, "latent": (z_0 - z_hr).square().mean()}
         loss = sum(getattr(settings, name) * part for name, part in parts.items())
+        if settings.decoder:  # a quarter of the lines, half as wide
+            few = max(1, len(z_hr) // 4)
+            l1, lpips = self.in_pixels(model.vae, z_hr[:few], batch["hr"][:few], settings.columns // 2, generator)
+            parts["round_trip"] = settings.l1 * l1 + settings.lpips * lpips
+            loss = loss + settings.round_trip * parts["round_trip"]
         if settings.ocr_weight:
             parts["ocr"] = ocr_loss(model, z_0, batch["tokens"], times, settings.ocr_lines)
             loss = loss + settings.ocr_weight * parts["ocr"]
         yield loss, "idm", {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}
+
+    def in_pixels(
+        self, vae: nn.Module, z: Tensor, hr: Tensor, columns: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Mean L1 and LPIPS of what the decoder makes of some columns of z (B, C, h, w), against hr (B, 3, H, W)."""
+        f, width = vae.config.reduction, min(columns, z.shape[-1])
+        left = self.draw(z.shape[-1] - width + 1, generator)
+        x_hat, x = vae.from_latent(z[..., left : left + width]), hr[..., left * f : (left + width) * f]
+        return (x_hat - x).abs().mean(), self.perceptual(x_hat, x).mean()
 
     @staticmethod
     def draw(count: int, generator: torch.Generator) -> int:

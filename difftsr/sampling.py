@@ -219,6 +219,7 @@ def sample(
     solver: Literal["ddim", "dpm"] = "ddim",
     start: Literal["noise", "lr"] = "noise",
     strength: float = 1.0,
+    temperature: float | None = None,
     text: Tensor | None = None,
     reading: Reading | None = None,
     trace: bool = False,
@@ -230,7 +231,8 @@ def sample(
     steps: 1..T, the preset's number by default. seed: one number for every line, or one per line; a line's result
     depends on its own seed only, not on its neighbours in the batch. eta: 0 deterministic (the default) .. 1 ancestral.
     solver: "ddim", or "dpm" for DPM-Solver++(2M). start="lr" begins at time strength * T from the noised LR latent
-    instead of from pure noise. text: tokens (B, 24) that are known; they are never changed. trace: keep every step.
+    instead of from pure noise. temperature: scale of the noise of the start, the model's by default; 0 is its mean,
+    from which the result does not depend on the seed (with eta 0). text: tokens (B, 24) that are known; they are never changed. trace: keep every step.
     Released weights (`config.reference`) go through `reference_sample`, with eta .2 by default.
     Raises `ValueError` for settings outside these.
     """
@@ -253,12 +255,15 @@ def sample(
             model, lr, steps=model.config.steps if steps is None else steps, mode=mode, eta=0.2 if eta is None else eta,
             noise=LineNoise(seeds, device), text=text, trace=trace,
         )  # fmt: skip
+    temperature = model.config.temperature if temperature is None else temperature
+    if not 0 <= temperature <= 1:
+        raise ValueError(f"temperature must lie in [0, 1], not {temperature}")
     total = len(alpha_bar) if start == "noise" else max(1, round(strength * len(alpha_bar)))
     times = timesteps(model.config.steps if steps is None else steps, total)
 
     noise = LineNoise(seeds, device)
     z_lr = model.vae.to_latent(lr)  # (B, C, h, w)
-    z_t = noise.normal(z_lr.shape[1:])
+    z_t = temperature * noise.normal(z_lr.shape[1:])
     if start == "lr":
         a = level(alpha_bar, times[0])
         z_t = math.sqrt(a) * z_lr + math.sqrt(1 - a) * z_t

@@ -118,6 +118,7 @@ class ModelConfig:
     tdm: TDMConfig | PublishedTDMConfig = field(default_factory=TDMConfig)
     mom: MoMConfig | PublishedMoMConfig = field(default_factory=MoMConfig)
     steps: int = 20  # image steps of a restoration, where nobody asks for another number
+    temperature: float = 1.0  # scale of the noise that a restoration starts from, where nobody asks for another
     mismatch_limit: float = 0.6  # of the do-no-harm gate (lesson 11b); measured on data/eval/dev for given weights
     reference: bool = False  # released weights (lesson 15): sampled as the released code does it
 

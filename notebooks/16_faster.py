@@ -122,6 +122,12 @@ for name, guess in guesses.items():
 # $$ z_s = \alpha_s\, \hat z_0 + \sigma_s\, \hat\varepsilon, \qquad (\hat z_0, \hat\varepsilon) = \mathrm{IDM}(\varepsilon, z_{LR}, T - 1, c) , $$
 #
 # no gradient through it, one more forward pass. `arrive` does this for any number of steps.
+#
+# ## 3. Who shall be sharp?
+#
+# One more thought. The answer of one step is smooth because it is a mean *in the latent*, and to be sharp there is hard: one cell holds 8 x 8 pixels, and where in it an edge runs is spread over all its channels. The decoder sees pixels, has learned what strokes look like, and is asked only once. If it learns along, it can make a sharp line of a smooth latent. It must not forget sharp latents meanwhile: a quarter of each batch is a plain round trip. The encoder stays as it is, and so the latent space that the other networks live in. (StableSR, arXiv 2305.07015, tunes its decoder for the same reason.)
+#
+# And the noise of the start? With one step it carries no information at all, only trouble: the network must learn to look past it. `temperature` scales it; at 0 the restoration starts from its mean, and does not depend on the seed.
 
 # %%
 #| export
@@ -137,7 +143,10 @@ class FewStepTraining(IDMTraining):
     l1: float = 1.0
     lpips: float = 0.5
     lpips_net: str = "alex"
-    latent: float = 0.1  # weight of the squared error in the latent, which keeps the answer where the decoder knows it
+    latent: float = 0.05  # weight of the squared error in the latent, which keeps the answer where the decoder knows it
+    temperature: float = 0.0  # scale of the noise that a restoration starts from
+    decoder: bool = True  # the decoder learns too: what it makes of a smooth latent need not be smooth
+    round_trip: float = 0.25  # weight of what it must not forget: sharp latents (with `decoder`)
 
 
 # %%
@@ -158,15 +167,25 @@ def arrive(idm: nn.Module, z_lr: Tensor, told: Reading, *, steps: int, number: i
 
 
 class FewStepStage(IDMStage):
-    """Trains `model.idm`, which must be trained already, to be right after one step, after two, ..."""
+    """Trains `model.idm`, which must be trained already, to be right after one step, after two, ...
+
+    With `training.decoder` the VAE's decoder learns along; its encoder, and so the latent space, stays as it is.
+    """
 
     name = "few-step"
-    trains = ("idm",)
+    trains = ("idm", "vae")
 
     def __init__(self, training: FewStepTraining, model: nn.Module):
         super().__init__(training, model)
         self.perceptual = LPIPS(training.lpips_net)
         self.perceptual.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+    def optimizers(self, model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+        optimizers = super().optimizers(model)
+        if self.training.decoder:
+            decoder = [p for name, p in model.vae.named_parameters() if name.startswith(("decoder", "post_quant"))]
+            optimizers["idm"].add_param_group(dict(params=decoder, weight_decay=0.0))
+        return optimizers
 
     def losses(
         self, model: nn.Module, batch: dict, generator: torch.Generator
@@ -175,28 +194,39 @@ class FewStepStage(IDMStage):
         settings, idm = self.training, model.idm
         for network in (model.vae, model.recognizer):
             network.eval().requires_grad_(False)
+        if settings.decoder:
+            for group in ("decoder", "post_quant_conv"):
+                getattr(model.vae, group).requires_grad_(True)
         self.perceptual.to(batch["hr"].device)
         z_hr, z_lr = latents(model.vae, batch)
         told = self.text(model, batch, generator)
         steps = self.draw(settings.max_steps, generator) + 1
-        noise = torch.randn(z_hr.shape, generator=generator, device=generator.device).to(z_hr)
+        noise = torch.randn(z_hr.shape, generator=generator, device=generator.device).to(z_hr) * settings.temperature
         z_t, t = arrive(idm, z_lr, told, steps=steps, number=self.draw(steps, generator), noise=noise)
         times = torch.full((len(z_t),), t, device=z_t.device)
         z_0, _ = idm.predict(z_t, z_lr, times, idm.context(told), told)
 
-        width = min(settings.columns, z_0.shape[-1])
-        left, f = self.draw(z_0.shape[-1] - width + 1, generator), model.vae.config.reduction
-        x_hat = model.vae.from_latent(z_0[..., left : left + width])
-        x = batch["hr"][..., left * f : (left + width) * f]
-        parts = {
-            "l1": (x_hat - x).abs().mean(), "lpips": self.perceptual(x_hat, x).mean(),
-            "latent": (z_0 - z_hr).square().mean(),
-        }  # fmt: skip
+        l1, lpips = self.in_pixels(model.vae, z_0, batch["hr"], settings.columns, generator)
+        parts = {"l1": l1, "lpips": lpips, "latent": (z_0 - z_hr).square().mean()}
         loss = sum(getattr(settings, name) * part for name, part in parts.items())
+        if settings.decoder:  # a quarter of the lines, half as wide
+            few = max(1, len(z_hr) // 4)
+            l1, lpips = self.in_pixels(model.vae, z_hr[:few], batch["hr"][:few], settings.columns // 2, generator)
+            parts["round_trip"] = settings.l1 * l1 + settings.lpips * lpips
+            loss = loss + settings.round_trip * parts["round_trip"]
         if settings.ocr_weight:
             parts["ocr"] = ocr_loss(model, z_0, batch["tokens"], times, settings.ocr_lines)
             loss = loss + settings.ocr_weight * parts["ocr"]
         yield loss, "idm", {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}
+
+    def in_pixels(
+        self, vae: nn.Module, z: Tensor, hr: Tensor, columns: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Mean L1 and LPIPS of what the decoder makes of some columns of z (B, C, h, w), against hr (B, 3, H, W)."""
+        f, width = vae.config.reduction, min(columns, z.shape[-1])
+        left = self.draw(z.shape[-1] - width + 1, generator)
+        x_hat, x = vae.from_latent(z[..., left : left + width]), hr[..., left * f : (left + width) * f]
+        return (x_hat - x).abs().mean(), self.perceptual(x_hat, x).mean()
 
     @staticmethod
     def draw(count: int, generator: torch.Generator) -> int:
@@ -205,7 +235,7 @@ class FewStepStage(IDMStage):
 
 
 # %% [markdown]
-# ## 3. Watch it learn
+# ## 4. Watch it learn
 #
 # A model of half a million parameters on lines of 32 x 128 pixels. First it learns as lesson 07 teaches: at random times, in the latent. Then a copy of it goes on in the same way (the control: perhaps it only needed more time), and another copy as above. Both get the same number of steps.
 
@@ -234,14 +264,15 @@ class Small(nn.Module):
 
 alphabet = Alphabet.tiny()
 source = SyntheticLines(
-    alphabet, (32, 128), seed=3, degradation=DegradationConfig(strength="hard"), words="none",
+    alphabet, (32, 128), seed=3, degradation=DegradationConfig(strength="hard"), words="none", identity=0.0,
     fonts=find_fonts(package_font_folders()),
 )  # fmt: skip
-batches = make_loader(source, 16, seed=1)
+batches = make_loader(source, 8, seed=1)
 lines = [next(batches) for _ in range(40)]
 test = lines.pop()
 model = Small(alphabet)
 spoken = dict(text_mix=(0.0, 0.6, 0.2, 0.2), ocr_weight=0.0)  # the true text, a wrong one, none
+in_pixels = dict(decoder=False, temperature=1.0)  # there is no decoder to train here; the same start for all
 
 
 def fit(model, stage, steps, learning_rate, seed=0):
@@ -259,10 +290,10 @@ def fit(model, stage, steps, learning_rate, seed=0):
 
 
 # %%
-fit(model, IDMStage(IDMTraining(**spoken), model), 240, 2e-3)
+fit(model, IDMStage(IDMTraining(**spoken), model), 150, 3e-3)
 students = {"before": model, "more of the same": copy.deepcopy(model), "few steps": copy.deepcopy(model)}
-fit(students["more of the same"], IDMStage(IDMTraining(**spoken), model), 60, 1e-3, seed=1)
-fit(students["few steps"], FewStepStage(FewStepTraining(**spoken), model), 60, 1e-3, seed=1)
+fit(students["more of the same"], IDMStage(IDMTraining(**spoken), model), 50, 1e-3, seed=1)
+fit(students["few steps"], FewStepStage(FewStepTraining(**spoken, **in_pixels), model), 50, 1e-3, seed=1)
 
 # %% [markdown]
 # How good are they after one step, two, four and sixteen? PSNR says how near the pixels are, LPIPS how alike the pictures look (less is better). `arrive` ends at the last step's door; one more call goes through it.
@@ -298,7 +329,8 @@ print(f"{'steps':18}" + "".join(f"{steps:>14}" for steps in counts))
 print(f"{'the input':18}" + "{:8.2f} {:5.3f}".format(*scores(test["lr"])))
 for name, row in found.items():
     print(f"{name:18}" + "".join(f"{decibels:8.2f} {distance:5.3f}" for decibels, distance in row))
-assert found["few steps"][0][1] < found["more of the same"][0][1] - 0.02, "one step looks better"
+tuned, control = found["few steps"][0], found["more of the same"][0]
+assert tuned[0] > control[0] + 0.5 and tuned[1] < control[1], "one step is nearer, and looks better"
 
 # %%
 rows = {"input": test["lr"], "before, 1 step": restored(model, 1), "few steps, 1 step": restored(students["few steps"], 1),
