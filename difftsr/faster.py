@@ -35,7 +35,9 @@ class FewStepTraining(IDMTraining):
 
 # %% ../notebooks/16_faster.ipynb #1c73ea35
 @torch.no_grad()
-def arrive(idm: nn.Module, z_lr: Tensor, told: Reading, *, steps: int, number: int, noise: Tensor) -> tuple[Tensor, int]:
+def arrive(
+    idm: nn.Module, z_lr: Tensor, told: Reading, *, steps: int, number: int, noise: Tensor
+) -> tuple[Tensor, int]:
     """Where a restoration of so many `steps` stands before its step `number` (from 0): (z_t, t).
 
     z_lr, noise: (B, C, h, w). The steps before are taken by the model itself, with DDIM and without gradient.

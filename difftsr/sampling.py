@@ -232,7 +232,8 @@ def sample(
     depends on its own seed only, not on its neighbours in the batch. eta: 0 deterministic (the default) .. 1 ancestral.
     solver: "ddim", or "dpm" for DPM-Solver++(2M). start="lr" begins at time strength * T from the noised LR latent
     instead of from pure noise. temperature: scale of the noise of the start, the model's by default; 0 is its mean,
-    from which the result does not depend on the seed (with eta 0). text: tokens (B, 24) that are known; they are never changed. trace: keep every step.
+    from which the result does not depend on the seed (with eta 0). text: tokens (B, 24) that are known; they are never
+    changed. trace: keep every step.
     Released weights (`config.reference`) go through `reference_sample`, with eta .2 by default.
     Raises `ValueError` for settings outside these.
     """

@@ -97,7 +97,8 @@ torch.set_num_threads(1)  # the same sums in the same order on every machine
 # %%
 places = torch.arange(8.0)
 worlds = torch.stack([(places >= 3).float(), (places >= 5).float()])  # both equally likely
-guesses = {"the mean": worlds.mean(0), "edge at 3": worlds[0], "edge at 5": worlds[1], "edge at 4": (places >= 4).float()}
+middle = (places >= 4).float()
+guesses = {"the mean": worlds.mean(0), "edge at 3": worlds[0], "edge at 5": worlds[1], "edge at 4": middle}
 
 
 def sharpness_error(a, b):
@@ -152,7 +153,9 @@ class FewStepTraining(IDMTraining):
 # %%
 #| export
 @torch.no_grad()
-def arrive(idm: nn.Module, z_lr: Tensor, told: Reading, *, steps: int, number: int, noise: Tensor) -> tuple[Tensor, int]:
+def arrive(
+    idm: nn.Module, z_lr: Tensor, told: Reading, *, steps: int, number: int, noise: Tensor
+) -> tuple[Tensor, int]:
     """Where a restoration of so many `steps` stands before its step `number` (from 0): (z_t, t).
 
     z_lr, noise: (B, C, h, w). The steps before are taken by the model itself, with DDIM and without gradient.
@@ -241,7 +244,7 @@ class FewStepStage(IDMStage):
 
 # %%
 class Folding(nn.Module):
-    """A stand-in for the VAE that loses nothing: 2 x 2 pixels become 12 channels, (B, 3, 32, 128) <-> (B, 12, 16, 64)."""
+    """A stand-in for the VAE that loses nothing: 2 x 2 pixels become 12 channels, (B, 3, H, W) <-> (B, 12, H/2, W/2)."""
 
     config = SimpleNamespace(reduction=2)
 
@@ -276,17 +279,16 @@ in_pixels = dict(decoder=False, temperature=1.0)  # there is no decoder to train
 
 
 def fit(model, stage, steps, learning_rate, seed=0):
-    """Train a stage for some steps on the lines at hand; returns what it logged last."""
+    """Train a stage for some steps on the lines at hand, with a falling learning rate."""
     optimizers, generator = stage.optimizers(model), torch.Generator().manual_seed(seed)
     for step in range(steps):
         for optimizer in optimizers.values():
             optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps) ** 0.5
-        for loss, name, logs in stage.losses(model, lines[step % len(lines)], generator):
+        for loss, name, _ in stage.losses(model, lines[step % len(lines)], generator):
             optimizers[name].zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.idm.parameters(), 1.0)
             optimizers[name].step()
-    return {name: float(value) for name, value in logs.items()}
 
 
 # %%
@@ -333,8 +335,9 @@ tuned, control = found["few steps"][0], found["more of the same"][0]
 assert tuned[0] > control[0] + 0.5 and tuned[1] < control[1], "one step is nearer, and looks better"
 
 # %%
-rows = {"input": test["lr"], "before, 1 step": restored(model, 1), "few steps, 1 step": restored(students["few steps"], 1),
-        "few steps, 2 steps": restored(students["few steps"], 2), "sharp": test["hr"]}  # fmt: skip
+student = students["few steps"]
+rows = {"input": test["lr"], "before, 1 step": restored(model, 1), "few steps, 1 step": restored(student, 1),
+        "few steps, 2 steps": restored(student, 2), "sharp": test["hr"]}  # fmt: skip
 fig, axes = plt.subplots(len(rows), 4, figsize=(9, 3.2), dpi=64)
 for row, (name, images) in zip(axes, rows.items()):
     for ax, image in zip(row, images):
