@@ -244,7 +244,7 @@ class FewStepStage(IDMStage):
 
 # %%
 class Folding(nn.Module):
-    """A stand-in for the VAE that loses nothing: 2 x 2 pixels become 12 channels, (B, 3, H, W) <-> (B, 12, H/2, W/2)."""
+    """A VAE that loses nothing: 2 x 2 pixels become 12 channels, (B, 3, H, W) <-> (B, 12, H/2, W/2)."""
 
     config = SimpleNamespace(reduction=2)
 
