@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from difftsr.model import DiffTSR, preset
 from difftsr.restore import (
@@ -21,11 +21,14 @@ from difftsr.restore import (
     line_to_canvas,
     load_image,
     main,
+    ppocr_reading,
     restore,
     restore_batch,
+    spread_places,
     to_rgb,
 )
 from difftsr.sampling import sample
+from difftsr.text_lines import PAD, UNK, Alphabet, find_fonts, package_font_folders
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -249,6 +252,57 @@ def test_a_trace_holds_every_step(model, line):
     result = restore(model, line, steps=3, trace=True)
     assert [step.t for step in result.trace] == [999, 665, 332] and result.trace[-1].s == -1
     assert result.trace[0].c_t.shape == (1, 24) and result.trace[0].z_t.shape == (1, 4, 8, 32)
+
+
+def test_the_gate_has_the_last_word_unless_it_is_off_or_the_text_is_known(model, line):
+    free = restore(model, line, steps=1, do_no_harm=False)
+    gated = restore(model, line, steps=1)
+    told = restore(model, line, steps=1, text="ABC")
+    assert free.gate is None and told.gate is None
+    assert gated.gate.action in ("kept", "blended", "input")
+    model.config.mismatch_limit, limit = -1.0, model.config.mismatch_limit  # nothing can match so well
+    try:
+        stopped = restore(model, line, steps=1)
+    finally:
+        model.config.mismatch_limit = limit
+    assert stopped.gate.action == "input" and stopped.gate.reasons
+    plain = canvas_to_line(line_to_canvas(np.asarray(line), (32, 128)), 3.0)
+    assert np.abs(np.asarray(stopped.image).astype(int) - np.asarray(plain)).max() <= 1
+
+
+def test_places_of_what_another_reader_saw():
+    assert spread_places("AB", [0.25, 0.75]) == [0.25, 0.75]
+    assert spread_places("A B", [0.2, 0.8]) == pytest.approx([0.2, 0.5, 0.8])
+    assert spread_places(" AB ", [0.3, 0.6]) == pytest.approx([0.3, 0.3, 0.6, 0.6])
+    assert spread_places("  ", []) == [0.5, 0.5]
+
+
+def test_another_reader_never_replaces_what_the_alphabet_lacks():
+    """Fifty traditional characters, as PP-OCR may read them: all of them become UNK, none a simplified twin."""
+    pytest.importorskip("rapidocr")
+    traditional = "東車長門風馬魚鳥龍雲電話書畫國語學習開關時間飛機頭髮聽說讀寫買賣愛樂貓雞豬飯麵茶湯銀錢紅綠藍黃"
+    alphabet = Alphabet.classroom()
+    outside = [c for c in traditional if c not in alphabet]
+    assert len(outside) >= 40
+    page = Image.new("RGB", (64 * 8, 72), "white")
+    font = find_fonts(package_font_folders())[0].pillow(56)
+    for start in range(0, 48, 8):
+        text = traditional[start : start + 8]
+        picture = page.copy()
+        ImageDraw.Draw(picture).text((4, 4), text, fill="black", font=font)
+        reading = ppocr_reading([np.asarray(picture)], alphabet)
+        written = reading.best[0][reading.best[0] != PAD]
+        assert len(written) == len(text)
+        for token, character in zip(written.tolist(), text):
+            assert token == UNK if character not in alphabet else token in (UNK, int(alphabet.encode(character)[0]))
+        centers = reading.centers[0, : len(text)]
+        expected = (torch.arange(len(text)) + 0.5) * 56 / 512 + 4 / 512
+        torch.testing.assert_close(centers, expected, atol=0.03, rtol=0)
+
+
+def test_an_unknown_reader_is_refused(model, line):
+    with pytest.raises(ValueError, match="reader must be one of own, ppocr"):
+        restore(model, line, reader="tesseract")
 
 
 def test_transparency_in_memory_is_put_on_white():

@@ -218,7 +218,7 @@ def oracle_model(image, answer, alphabet):
     wrong = Reading.of(alphabet.encode("WRONG")[None].expand(2, -1))
     wrong.features = torch.zeros(2, 1, 1, 1)
     return SimpleNamespace(
-        config=SimpleNamespace(steps=4, image_size=(8, 32), reference=False),
+        config=SimpleNamespace(steps=4, image_size=(8, 32), temperature=1.0, reference=False),
         alphabet=alphabet,
         vae=SimpleNamespace(to_latent=lambda x: x, from_latent=lambda z: z),
         recognizer=SimpleNamespace(read=lambda x: wrong[: len(x)]),
@@ -308,6 +308,8 @@ def test_the_solver_in_the_loop_reaches_the_same_end(oracle):
         {"steps": 0},
         {"steps": 1001},
         {"seed": [1, 2]},
+        {"temperature": -0.1},
+        {"temperature": 1.1},
         {"mode": "no-text", "text": torch.zeros(1, 24, dtype=torch.long)},
     ],
 )
@@ -351,6 +353,15 @@ def test_the_same_seed_gives_the_same_bytes(tiny, lines, settings):
     first, second, other = (sample(tiny, lines[:1], steps=3, seed=seed, **settings) for seed in (4, 4, 5))
     assert torch.equal(first.image, second.image) and torch.equal(first.tokens, second.tokens)
     assert not torch.equal(first.image, other.image)
+
+
+def test_temperature_scales_the_noise_of_the_start(tiny, lines):
+    cold = [sample(tiny, lines[:1], steps=2, seed=seed, mode="baseline", temperature=0.0).image for seed in (1, 2)]
+    warm = [sample(tiny, lines[:1], steps=2, seed=seed, mode="baseline", temperature=1.0).image for seed in (1, 2)]
+    assert torch.equal(*cold) and not torch.equal(*warm)
+    assert torch.equal(sample(tiny, lines[:1], steps=2, seed=1, mode="baseline").image, warm[0])  # the preset's
+    traced = sample(tiny, lines[:1], steps=2, seed=1, temperature=0.5, trace=True).trace[0].z_t
+    assert torch.equal(2 * traced, sample(tiny, lines[:1], steps=2, seed=1, trace=True).trace[0].z_t)
 
 
 def test_a_line_does_not_depend_on_its_neighbours(tiny, lines):
