@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['LOG_ZERO', 'log_one_hot', 'log_one_minus_exp', 'normalise', 'cosine_alphas', 'MultinomialDiffusion', 'categorical_kl',
-           'sinusoid', 'Attention', 'TDMConfig', 'TDMLayer', 'Denoiser', 'top_reading', 'TDM', 'place_code',
-           'PublishedTDMConfig', 'LinearAttention', 'linear_attention', 'PreNorm', 'FeedForward', 'PublishedLayer',
-           'AxialPositions', 'PublishedTDM', 'ImportanceSampler', 'look_at', 'train_only', 'accuracy_by_third',
-           'TDMTraining', 'TDMStage']
+           'sinusoid', 'Attention', 'TDMConfig', 'TDMLayer', 'Denoiser', 'top_reading', 'log_reading', 'TDM',
+           'place_code', 'PublishedTDMConfig', 'LinearAttention', 'linear_attention', 'PreNorm', 'FeedForward',
+           'PublishedLayer', 'AxialPositions', 'PublishedTDM', 'ImportanceSampler', 'look_at', 'train_only',
+           'accuracy_by_third', 'TDMTraining', 'TDMStage']
 
 # %% ../notebooks/08_tdm.ipynb #6ef069cc
 import math
@@ -268,6 +268,13 @@ def top_reading(log_p0: Tensor, reading: Reading, k: int = 5) -> Reading:
     return Reading(tokens=tokens.mT, probs=log_probs.exp().mT, centers=centers, features=reading.features)
 
 # %% ../notebooks/08_tdm.ipynb #5c299687
+def log_reading(reading: Reading, num_classes: int) -> Tensor:
+    """log p (B, K, n) of a reading; what its candidates leave over is spread evenly over all K classes."""
+    rest = (1 - reading.probs.sum(-1, keepdim=True)).clamp(min=1e-3) / num_classes  # (B, n, 1)
+    probs = rest.expand(*rest.shape[:2], num_classes).scatter_add(-1, reading.tokens, reading.probs.to(rest))
+    return probs.log().mT
+
+# %% ../notebooks/08_tdm.ipynb #545af01b
 class TDM(Denoiser):
     """Predicts the clean text of a line from its noised text, the reader's opinion and columns of the image."""
 
@@ -288,6 +295,7 @@ class TDM(Denoiser):
         self.layers = nn.ModuleList(TDMLayer(dim, config.heads, config.feed_forward) for _ in range(config.depth))
         self.norm = nn.LayerNorm(dim)
         self.classifier = TiedClassifier(dim, config.num_classes, config.character_dim)
+        self.trust = nn.Parameter(torch.ones(()))  # in the reading's probabilities
         self.repeat_at_first()
 
     @torch.no_grad()
@@ -331,7 +339,8 @@ class TDM(Denoiser):
         columns = column_centers(1, context.shape[1], context.device)
         for layer in self.layers:
             x = layer(x, context, columns, reading.centers)
-        return self.classifier(self.norm(x), self.characters.weight).mT
+        logits = self.classifier(self.norm(x), self.characters.weight).mT
+        return logits + self.trust * log_reading(reading, self.config.num_classes)
 
 
 def place_code(centers: Tensor, dim: int) -> Tensor:

@@ -651,6 +651,27 @@ def top_reading(log_p0: Tensor, reading: Reading, k: int = 5) -> Reading:
 # so a character that was rarely seen in training can still be recognised by its shape. `repeat_at_first` makes the
 # output the transposed input: before any training the network already answers with the characters it was given, and
 # what it has to learn is when not to.
+#
+# One of those it is given deserves more than a place in a sum: the reading comes with probabilities. A reading and a
+# network that looks at other evidence are two witnesses, and two independent witnesses multiply. So the reader's log
+# probabilities are added to the logits, times a learned `trust` that starts at 1: what the network learns is what the
+# reader does not know. A text diffusion that has learned nothing yet then does no worse than its reader, even at
+# $t = T - 1$, where $c_t$ is nothing but noise.
+
+# %%
+#| export
+def log_reading(reading: Reading, num_classes: int) -> Tensor:
+    """log p (B, K, n) of a reading; what its candidates leave over is spread evenly over all K classes."""
+    rest = (1 - reading.probs.sum(-1, keepdim=True)).clamp(min=1e-3) / num_classes  # (B, n, 1)
+    probs = rest.expand(*rest.shape[:2], num_classes).scatter_add(-1, reading.tokens, reading.probs.to(rest))
+    return probs.log().mT
+
+
+# %%
+two = Reading(torch.tensor([[[4, 7]]]), torch.tensor([[[0.6, 0.3]]]), torch.tensor([[0.5]]))
+print([round(p, 3) for p in log_reading(two, 10).exp()[0, :, 0].tolist()])
+assert torch.allclose(log_reading(Reading.none(1), 10).exp(), torch.full((1, 10, 24), 0.1))  # no reading: no opinion
+
 
 # %%
 #| export
@@ -674,6 +695,7 @@ class TDM(Denoiser):
         self.layers = nn.ModuleList(TDMLayer(dim, config.heads, config.feed_forward) for _ in range(config.depth))
         self.norm = nn.LayerNorm(dim)
         self.classifier = TiedClassifier(dim, config.num_classes, config.character_dim)
+        self.trust = nn.Parameter(torch.ones(()))  # in the reading's probabilities
         self.repeat_at_first()
 
     @torch.no_grad()
@@ -717,7 +739,8 @@ class TDM(Denoiser):
         columns = column_centers(1, context.shape[1], context.device)
         for layer in self.layers:
             x = layer(x, context, columns, reading.centers)
-        return self.classifier(self.norm(x), self.characters.weight).mT
+        logits = self.classifier(self.norm(x), self.characters.weight).mT
+        return logits + self.trust * log_reading(reading, self.config.num_classes)
 
 
 def place_code(centers: Tensor, dim: int) -> Tensor:

@@ -22,6 +22,7 @@ from difftsr.tdm import (
     categorical_kl,
     cosine_alphas,
     log_one_hot,
+    log_reading,
     normalise,
     top_reading,
 )
@@ -285,6 +286,24 @@ def test_it_starts_by_repeating_what_was_read(net):
     unsure = Reading.of(truth, prob=1.0)
     logits = net(truth, torch.full((8,), 25), net.context(features, z_lr), unsure)
     assert (logits.argmax(1) == truth).float().mean() > 0.6  # by chance 0.08
+
+
+def test_two_witnesses_multiply(net):
+    """Without its own opinion the network says what the reader says; its trust is a factor on the reader's logits."""
+    look_at = look(1)
+    reading = Reading(torch.tensor([[[4, 7]] * 7]), torch.tensor([[[0.6, 0.3]] * 7]), torch.full((1, 7), 0.5))
+    torch.testing.assert_close(log_reading(reading, 13).exp().sum(1), torch.ones(1, 7))
+    assert log_reading(reading, 13).exp()[0, :, 0].tolist() == pytest.approx(
+        [0.6 + 0.1 / 13 if k == 4 else 0.3 + 0.1 / 13 if k == 7 else 0.1 / 13 for k in range(13)], abs=1e-6
+    )
+    c_t, t = torch.full((1, 7), 5), torch.tensor([40])
+    answers = []
+    for trust in (0.0, 1.0, 2.0):
+        with torch.no_grad():
+            net.trust.fill_(trust)
+            answers.append(net(c_t, t, net.context(*look_at), reading))
+    torch.testing.assert_close(answers[1] - answers[0], log_reading(reading, 13))
+    torch.testing.assert_close(answers[2] - answers[1], log_reading(reading, 13), atol=1e-5, rtol=1e-5)
 
 
 class World(nn.Module):
