@@ -31,6 +31,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from .dataset import make_loader, open_source
+from .few_steps import FewStepStage, FewStepTraining
 from .idm import IDMStage, IDMTraining
 from .model import NETWORKS, PRESETS, DiffTSR, preset, weights_folder
 from .mom import MoMStage, MoMTraining
@@ -53,6 +54,7 @@ STAGES = {
     "vae": StageEntry(VAEStage, VAETraining, (), "images"),
     "recognizer": StageEntry(RecognizerStage, RecognizerTraining, (), "images"),
     "idm": StageEntry(IDMStage, IDMTraining, ("vae", "recognizer"), "latents"),
+    "few-step": StageEntry(FewStepStage, FewStepTraining, ("vae", "recognizer", "idm"), "images"),
     "tdm": StageEntry(TDMStage, TDMTraining, ("vae", "recognizer"), "latents"),
     "mom": StageEntry(MoMStage, MoMTraining, ("vae", "recognizer", "idm", "tdm"), "latents"),
 }
@@ -62,7 +64,7 @@ STAGES = {
 class TrainConfig:
     """Settings of a training run; on the command line each field is an option."""
 
-    stage: Literal["vae", "recognizer", "idm", "tdm", "mom", "all"] = "all"  # which network; "all": those not yet done
+    stage: Literal["vae", "recognizer", "idm", "few-step", "tdm", "mom", "all"] = "all"  # "all": those not yet done
     preset: str = "classroom"  # "tiny", "classroom" or "paper"
     output: Path | None = None  # folder of the run; default runs/<preset>
     data: str = "synthetic"  # "synthetic", "pool:PATH", "lmdb:PATH" or "pairs:PATH"
@@ -473,7 +475,7 @@ def record(history: dict, numbers: dict) -> None:
 def describe(config: TrainConfig, stage: str, model: DiffTSR, settings, total: int | None) -> str:
     """What a run is about to do, in a few lines."""
     until = f"{config.minutes:g} minutes" if config.minutes else f"{total} steps"
-    count = sum(p.numel() for p in getattr(model, stage).parameters()) / 1e6
+    count = sum(p.numel() for name in STAGES[stage].stage.trains for p in getattr(model, name).parameters()) / 1e6
     return (
         f"stage {stage} of preset {config.preset}: {count:.2f} M parameters, until {until}, "
         f"batches of {settings.batch_size} lines from {config.data}, into {config.folder()}"

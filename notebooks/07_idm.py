@@ -826,6 +826,8 @@ class IDMTraining:
     ocr_lines: int = 4  # lines of a batch that are decoded and read
     ocr_start: float = 0.75  # fraction of the run after which the OCR loss is on
     text_mix: Mix = MIX  # real readings, truth, confusions, no text
+    first: float = 0.0  # share of the lines that are put at T - 1, where every restoration begins
+    temperature: float = 1.0  # scale of the noise of these
     jitter: float = 0.01  # std of the noise on true centres, a fraction of the width
 
 
@@ -959,6 +961,10 @@ class IDMStage:
         told = self.text(model, batch, generator)
         t = spread_times(len(z_hr), diffusion.timesteps, generator).to(z_hr.device)
         noise = torch.randn(z_hr.shape, generator=generator, device=generator.device).to(z_hr)
+        if self.training.first:
+            first = torch.rand(len(t), generator=generator, device=generator.device).to(t.device) < self.training.first
+            t = torch.where(first, diffusion.timesteps - 1, t)
+            noise = torch.where(first.view(-1, 1, 1, 1), self.training.temperature * noise, noise)
         z_t = diffusion.q_sample(z_hr, t, noise)
 
         prediction = idm(z_t, z_lr, t, idm.context(told), told)

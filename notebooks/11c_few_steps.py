@@ -7,7 +7,7 @@
 # ---
 
 # %% [markdown]
-# # 16 · Faster: one step, two steps
+# # 11c · Few steps: one, two
 #
 # **What you will build.** A last stage of training after which the image diffusion needs one or two steps instead of twenty or two hundred: it is trained on what it will be asked to do, and judged where people look, in pixels.
 #
@@ -16,7 +16,7 @@
 # **What you need.** Lessons 04, 07 and 11. About a minute on two CPU cores, 1.5 GB of memory.
 
 # %% [markdown] tags=["badge"]
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/16_faster.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/11c_few_steps.ipynb)
 
 # %% tags=["setup"]
 # On Colab this fetches the project and installs what Colab lacks; elsewhere it only makes `import difftsr` work.
@@ -53,11 +53,11 @@ if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
 
 # %%
-#| default_exp faster
+#| default_exp few_steps
 
 # %%
 #| export
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -231,6 +231,10 @@ class FewStepStage(IDMStage):
         x_hat, x = vae.from_latent(z[..., left : left + width]), hr[..., left * f : (left + width) * f]
         return (x_hat - x).abs().mean(), self.perceptual(x_hat, x).mean()
 
+    def finish(self, model: nn.Module, loader: Iterable[dict]) -> None:
+        """After training: what a restoration does by default is what was trained."""
+        model.config.steps, model.config.temperature = 1, self.training.temperature
+
     @staticmethod
     def draw(count: int, generator: torch.Generator) -> int:
         """One of 0 .. count - 1."""
@@ -380,6 +384,10 @@ for name in ("more of the same", "few steps"):
 # 1. *Easy.* Set `lpips=0`. Which of the two numbers falls, which rises? Look at the picture.
 # 2. *Middle.* Train the second step on noised sharp latents (`q_sample`) instead of `arrive`. How much worse are two steps than one?
 # 3. *Hard.* Keep the student good at sixteen steps: mix half of its batches with the loss of lesson 07. What does it cost at one step?
+#
+# ## Where to go next
+#
+# Lesson 12 restores any image file with it. `python -m difftsr.train --stage few-step` (lesson 13) is what made the weights of this project fast.
 #
 # ## References
 #

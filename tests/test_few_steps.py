@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from difftsr.faster import FewStepStage, FewStepTraining, arrive
+from difftsr.few_steps import FewStepStage, FewStepTraining, arrive
 from difftsr.idm import IDM, IDMConfig
 from difftsr.recognizer import Reading
 from difftsr.sampling import ddim_step, timesteps
