@@ -58,7 +58,6 @@ if os.path.dirname(os.getcwd()) not in sys.path:
 # %%
 #| export
 import io
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -75,9 +74,11 @@ from tqdm import tqdm
 from difftsr.degradation import to_canvas
 from difftsr.model import DiffTSR
 from difftsr.sampling import Mode, Sample, Step, sample, timesteps
-from difftsr.text_lines import PAD, UNK
+from difftsr.text_lines import PAD, UNK, write_atomically, write_json
 
 # %%
+import json
+
 import matplotlib.pyplot as plt
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
@@ -468,13 +469,6 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary name in the same folder, then move: a reader never meets half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def save_restoration(restoration: Restoration, output: Path, stem: str, **about) -> None:
     """Write `output`/`stem`.png and `output`/`stem`.json (text, confidences, first reading, and `about`)."""
     buffer = io.BytesIO()
@@ -488,7 +482,7 @@ def save_restoration(restoration: Restoration, output: Path, stem: str, **about)
         **about,
     }
     write_atomically(output / f"{stem}.png", buffer.getvalue())
-    write_atomically(output / f"{stem}.json", (json.dumps(report, ensure_ascii=False, indent=1) + "\n").encode())
+    write_json(output / f"{stem}.json", report)
 
 
 # %%
