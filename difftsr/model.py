@@ -8,9 +8,9 @@ __all__ = ['NETWORKS', 'PRESETS', 'CONFIG', 'GLYPHS', 'ModelConfig', 'preset', '
 # %% ../notebooks/10_model.ipynb #e49483a3
 import json
 import os
-import tempfile
 import types
 import typing
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from .idm import IDM, IDMConfig, TextEncoderConfig
 from .mom import MoM, MoMConfig, PublishedMoM, PublishedMoMConfig
 from .recognizer import RecognizerConfig, TransOCR, unpack_bits
 from .tdm import TDM, PublishedTDM, PublishedTDMConfig, TDMConfig
-from .text_lines import PAD, Alphabet, glyph_bitmaps
+from .text_lines import PAD, Alphabet, glyph_bitmaps, write_json, written_whole
 from .unet import UNetConfig
 from .vae import VAE, VAEConfig
 
@@ -246,24 +246,21 @@ class DiffTSR(nn.Module):
         half: parameters as float16, which halves the files; buffers keep their type. A network without memory (on the
         device "meta") is left out. All is written under temporary names and moved when the last file is complete.
         """
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-            staged = Path(temporary)
+        folder, shared = Path(path), None
+        with ExitStack() as complete:
             for name, network in self.networks().items():
                 if next(network.parameters()).is_meta:
                     continue
                 tensors, glyphs = tensors_to_save(network, half)
-                save_file(tensors, staged / f"{name}.safetensors")
-                if glyphs is not None:
-                    save_file({"glyphs": glyphs}, staged / GLYPHS)
-            characters = None if self.alphabet is None else self.alphabet.characters
-            about = dict(format=1, untrained=self.untrained, alphabet=characters, config=asdict(self.config))
-            if self.reader_alphabet is not None:
-                about["reader_alphabet"] = self.reader_alphabet.characters
-            (staged / CONFIG).write_text(json.dumps(about, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-            for file in sorted(staged.iterdir(), key=lambda file: file.name == CONFIG):  # the settings last
-                os.replace(file, folder / file.name)
+                save_file(tensors, complete.enter_context(written_whole(folder / f"{name}.safetensors")))
+                shared = shared if glyphs is None else glyphs
+            if shared is not None:
+                save_file({"glyphs": shared}, complete.enter_context(written_whole(folder / GLYPHS)))
+        characters = None if self.alphabet is None else self.alphabet.characters
+        about = dict(format=1, untrained=self.untrained, alphabet=characters, config=asdict(self.config))
+        if self.reader_alphabet is not None:
+            about["reader_alphabet"] = self.reader_alphabet.characters
+        write_json(folder / CONFIG, about)  # the settings last
         return folder
 
     def load_network(self, name: str, folder: str | os.PathLike) -> None:

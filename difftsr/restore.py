@@ -3,12 +3,11 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'RATIO', 'MIN_SIDE', 'Reader', 'to_rgb', 'check_size', 'load_image', 'as_array', 'line_to_canvas',
            'canvas_to_line', 'ppocr_engine', 'ppocr_reading', 'spread_places', 'Restoration', 'legibility',
-           'restore_batch', 'to_restoration', 'restore', 'RestoreConfig', 'find_images', 'write_atomically',
-           'save_restoration', 'restore_files', 'main', 'check_settings']
+           'restore_batch', 'to_restoration', 'restore', 'RestoreConfig', 'find_images', 'save_restoration',
+           'restore_files', 'main', 'check_settings']
 
 # %% ../notebooks/12_restore.ipynb #fb234d2a
 import io
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from .gate import GateConfig, Verdict, gate
 from .model import DiffTSR
 from .recognizer import Reading
 from .sampling import Mode, Sample, Step, sample, timesteps
-from .text_lines import MAX_LENGTH, PAD, UNK, Alphabet
+from .text_lines import MAX_LENGTH, PAD, UNK, Alphabet, write_atomically, write_json
 
 # %% ../notebooks/12_restore.ipynb #a6796925
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
@@ -328,13 +327,6 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary name in the same folder, then move: a reader never meets half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def save_restoration(restoration: Restoration, output: Path, stem: str, **about) -> None:
     """Write `output`/`stem`.png and `output`/`stem`.json (text, confidences, first reading, and `about`)."""
     buffer = io.BytesIO()
@@ -349,7 +341,7 @@ def save_restoration(restoration: Restoration, output: Path, stem: str, **about)
         **about,
     }
     write_atomically(output / f"{stem}.png", buffer.getvalue())
-    write_atomically(output / f"{stem}.json", (json.dumps(report, ensure_ascii=False, indent=1) + "\n").encode())
+    write_json(output / f"{stem}.json", report)
 
 # %% ../notebooks/12_restore.ipynb #7db920dc
 def restore_files(model: DiffTSR, config: RestoreConfig) -> int:

@@ -4,10 +4,11 @@
 __all__ = ['PAD', 'UNK', 'UNKNOWN', 'MAX_LENGTH', 'ASCII', 'PUNCTUATION', 'TEXT_RANGES', 'PROBE', 'RESERVED_FACES', 'NOT_TEXT',
            'NOT_SIGNS', 'UNFAITHFUL', 'FONT_PACKAGES', 'MORE_FONT_PACKAGES', 'FONT_FILES', 'SYSTEM_FONT_FOLDERS',
            'PLACEHOLDER', 'HEIGHT', 'FONT_SIZE', 'SIGN_COLORS', 'MIN_CONTRAST', 'RUNNING_HANDS', 'gb2312', 'Alphabet',
-           'Font', 'is_reserved_face', 'is_fit', 'package_font_folders', 'font_folders', 'find_fonts', 'data_folder',
-           'read_phrases', 'read_table', 'reserved_texts', 'is_reserved', 'PhraseSampler', 'draw_mask', 'LineStyle',
-           'luminance', 'draw_colors', 'Looks', 'draw_style', 'place', 'compose', 'RenderedLine', 'LineRenderer',
-           'contact_sheet', 'glyph_bitmaps', 'print_fonts', 'main']
+           'Font', 'is_reserved_face', 'is_fit', 'package_font_folders', 'font_folders', 'written_whole',
+           'write_atomically', 'write_json', 'find_fonts', 'data_folder', 'read_phrases', 'read_table',
+           'reserved_texts', 'is_reserved', 'PhraseSampler', 'draw_mask', 'LineStyle', 'luminance', 'draw_colors',
+           'Looks', 'draw_style', 'place', 'compose', 'RenderedLine', 'LineRenderer', 'contact_sheet', 'glyph_bitmaps',
+           'print_fonts', 'main']
 
 # %% ../notebooks/01_text_lines.ipynb #fc4862af
 import functools
@@ -18,9 +19,9 @@ import math
 import os
 import pkgutil
 import re
-import tempfile
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -255,6 +256,35 @@ def _faces(path: str) -> list[tuple[int, str, str]]:
     return (chinese or faces)[:1]
 
 # %% ../notebooks/01_text_lines.ipynb #d54ef4dc
+@contextmanager
+def written_whole(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary name beside `path`, moved to `path` when the block ends, and removed when the block fails.
+
+    Whatever stops the writer, a reader meets the old file or the new one, never half of one. Folders are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())  # the content must reach the disk before the name does
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | os.PathLike, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json(path: str | os.PathLike, value) -> None:
+    """Write JSON whole or not at all."""
+    write_atomically(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())
+
+# %% ../notebooks/01_text_lines.ipynb #cf1892fc
 def _cache_file() -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(root).expanduser() / "difftsr" / "fonts.json"
@@ -268,15 +298,9 @@ def _read_cache() -> dict:
 
 
 def _write_cache(cache: dict) -> None:
-    """Write to a temporary name and move it. A cache that cannot be written is no error."""
-    file = _cache_file()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as unfinished:
-            json.dump(cache, unfinished)
-        os.replace(unfinished.name, file)
-    except OSError:
-        pass
+    """A cache that cannot be written is no error."""
+    with suppress(OSError):
+        write_atomically(_cache_file(), json.dumps(cache).encode())
 
 
 def _cache_key(path: str) -> str:

@@ -2,16 +2,15 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'StageEntry', 'TrainConfig', 'EMA', 'rate', 'reduce_gradients', 'CachedLatents', 'latent_batches',
-           'write_json', 'save_checkpoint', 'checkpoints', 'starting_model', 'stage_settings', 'StopRequest',
-           'train_stage', 'to_device', 'batch_for_inspection', 'average', 'record', 'describe', 'write_run_card',
-           'train', 'report', 'main']
+           'save_checkpoint', 'checkpoints', 'starting_model', 'stage_settings', 'StopRequest', 'train_stage',
+           'to_device', 'batch_for_inspection', 'average', 'record', 'describe', 'write_run_card', 'train', 'report',
+           'main']
 
 # %% ../notebooks/13_training.ipynb #5724d655
 import copy
 import itertools
 import json
 import math
-import os
 import platform
 import signal
 import sys
@@ -37,6 +36,7 @@ from .model import NETWORKS, PRESETS, DiffTSR, preset, weights_folder
 from .mom import MoMStage, MoMTraining
 from .recognizer import Reading, RecognizerStage, RecognizerTraining
 from .tdm import TDMStage, TDMTraining
+from .text_lines import write_json, written_whole
 from .vae import VAEStage, VAETraining
 
 # %% ../notebooks/13_training.ipynb #314643d9
@@ -208,21 +208,12 @@ def latent_batches(
         first = (place * world + rank) * batch_size
         yield cache.batch(np.sort(order[first : first + batch_size]))
 
-# %% ../notebooks/13_training.ipynb #0b30cf83
-def write_json(path: Path, value) -> None:
-    """Write JSON whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
 # %% ../notebooks/13_training.ipynb #87d6e151
 def save_checkpoint(folder: Path, state: dict, keep: int) -> Path:
     """Write `state` as step-N.pt, whole or not at all, and delete all but the newest `keep`."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{state['step']:08d}.pt"
-    temporary = folder / f".{path.name}.{os.getpid()}"
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        torch.save(state, temporary)
     for old in checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path

@@ -24,6 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .text_lines import written_whole
+
 # %% ../notebooks/04_vae.ipynb #71560467
 def cosine_patterns(count: int, size: int) -> tuple[Tensor, Tensor]:
     """The first cosine patterns of a coloured block: (count, 3, size, size), of length 1 and at right angles.
@@ -543,10 +545,8 @@ def lpips_weights(net: str) -> dict[str, Tensor]:
     path = cache_folder() / f"lpips_{net}.safetensors"
     if not path.exists():
         weights = read_lpips_package(net)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        save_file(weights, temporary)
-        temporary.replace(path)
+        with written_whole(path) as temporary:
+            save_file(weights, temporary)
     return {key: value.float() for key, value in load_file(path).items()}
 
 # %% ../notebooks/04_vae.ipynb #29c5daff

@@ -78,9 +78,9 @@ import math
 import os
 import pkgutil
 import re
-import tempfile
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -436,6 +436,39 @@ def _faces(path: str) -> list[tuple[int, str, str]]:
 
 # %% [markdown]
 # Checking 20,000 glyphs takes the better part of a second for a face, and a machine may have a hundred. What was found is kept in a cache file of the user, under a key that changes with the file and with our ranges.
+#
+# A file that is read by others, and a cache is, must never be met half written. So everything in this project is written beside its place and moved when it is complete: a move within a folder happens whole or not at all.
+
+# %%
+#| export
+@contextmanager
+def written_whole(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary name beside `path`, moved to `path` when the block ends, and removed when the block fails.
+
+    Whatever stops the writer, a reader meets the old file or the new one, never half of one. Folders are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())  # the content must reach the disk before the name does
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | os.PathLike, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json(path: str | os.PathLike, value) -> None:
+    """Write JSON whole or not at all."""
+    write_atomically(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())
+
 
 # %%
 #| export
@@ -452,15 +485,9 @@ def _read_cache() -> dict:
 
 
 def _write_cache(cache: dict) -> None:
-    """Write to a temporary name and move it. A cache that cannot be written is no error."""
-    file = _cache_file()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as unfinished:
-            json.dump(cache, unfinished)
-        os.replace(unfinished.name, file)
-    except OSError:
-        pass
+    """A cache that cannot be written is no error."""
+    with suppress(OSError):
+        write_atomically(_cache_file(), json.dumps(cache).encode())
 
 
 def _cache_key(path: str) -> str:

@@ -78,6 +78,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from difftsr.text_lines import written_whole
+
 # %%
 import copy
 import io
@@ -963,10 +965,8 @@ def lpips_weights(net: str) -> dict[str, Tensor]:
     path = cache_folder() / f"lpips_{net}.safetensors"
     if not path.exists():
         weights = read_lpips_package(net)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        save_file(weights, temporary)
-        temporary.replace(path)
+        with written_whole(path) as temporary:
+            save_file(weights, temporary)
     return {key: value.float() for key, value in load_file(path).items()}
 
 

@@ -58,7 +58,6 @@ if os.path.dirname(os.getcwd()) not in sys.path:
 # %%
 #| export
 import io
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -79,9 +78,11 @@ from difftsr.gate import GateConfig, Verdict, gate
 from difftsr.model import DiffTSR
 from difftsr.recognizer import Reading
 from difftsr.sampling import Mode, Sample, Step, sample, timesteps
-from difftsr.text_lines import MAX_LENGTH, PAD, UNK, Alphabet
+from difftsr.text_lines import MAX_LENGTH, PAD, UNK, Alphabet, write_atomically, write_json
 
 # %%
+import json
+
 import matplotlib.pyplot as plt
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
@@ -573,13 +574,6 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary name in the same folder, then move: a reader never meets half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def save_restoration(restoration: Restoration, output: Path, stem: str, **about) -> None:
     """Write `output`/`stem`.png and `output`/`stem`.json (text, confidences, first reading, and `about`)."""
     buffer = io.BytesIO()
@@ -594,7 +588,7 @@ def save_restoration(restoration: Restoration, output: Path, stem: str, **about)
         **about,
     }
     write_atomically(output / f"{stem}.png", buffer.getvalue())
-    write_atomically(output / f"{stem}.json", (json.dumps(report, ensure_ascii=False, indent=1) + "\n").encode())
+    write_json(output / f"{stem}.json", report)
 
 
 # %%

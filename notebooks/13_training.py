@@ -63,7 +63,6 @@ import copy
 import itertools
 import json
 import math
-import os
 import platform
 import signal
 import sys
@@ -89,6 +88,7 @@ from difftsr.model import NETWORKS, PRESETS, DiffTSR, preset, weights_folder
 from difftsr.mom import MoMStage, MoMTraining
 from difftsr.recognizer import Reading, RecognizerStage, RecognizerTraining
 from difftsr.tdm import TDMStage, TDMTraining
+from difftsr.text_lines import write_json, written_whole
 from difftsr.vae import VAEStage, VAETraining
 
 # %%
@@ -406,22 +406,14 @@ def latent_batches(
 
 # %%
 #| export
-def write_json(path: Path, value) -> None:
-    """Write JSON whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
 
 # %%
 #| export
 def save_checkpoint(folder: Path, state: dict, keep: int) -> Path:
     """Write `state` as step-N.pt, whole or not at all, and delete all but the newest `keep`."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{state['step']:08d}.pt"
-    temporary = folder / f".{path.name}.{os.getpid()}"
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        torch.save(state, temporary)
     for old in checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path

@@ -7,8 +7,6 @@ are used where the named weights are missing.
 """
 
 import argparse
-import json
-import os
 import platform
 import statistics
 import time
@@ -20,6 +18,7 @@ from torch import nn
 
 from difftsr.model import DiffTSR, preset
 from difftsr.restore import load_image, restore
+from difftsr.text_lines import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,10 +73,7 @@ def main() -> None:
             found[f"seconds_a_line_{mode}_{steps}_steps"] = round(seconds, 3)
     for name, value in found.items():
         print(f"{name:36s} {value}")
-    chosen.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = chosen.output.with_name(f".{chosen.output.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, chosen.output)
+    write_json(chosen.output, found)
 
 
 if __name__ == "__main__":
