@@ -1403,6 +1403,7 @@ if __name__ == "__main__" and "__file__" in globals():
 # - Three things that are easily confused, *nothing*, *something unknown* and *a space*, have three classes.
 # - A glyph counts only if the font's map lists it and it leaves ink. Faces and texts kept for evaluation are refused at the door.
 # - Phrases come from a grammar that anyone can edit; 15 % random characters let the model meet the whole alphabet.
+# - `rare_share` brings every character in words; `Looks` sets how often each effect is met, photographs and arcs included.
 # - A line is one mask of ink, one projective warp and a few layers; the character boxes go through the same warp.
 #
 # ## Where to go next

@@ -61,7 +61,7 @@ if os.path.dirname(os.getcwd()) not in sys.path:
 # - the cleaning rules of the method's authors, and what happens to a record that breaks them;
 # - when it pays to render ahead.
 #
-# **What it needs**: about 15 seconds and 700 MB on two CPU cores; no GPU, no download.
+# **What it needs**: about half a minute and 700 MB on two CPU cores; no GPU, no download.
 
 # %%
 #| default_exp dataset
@@ -1561,7 +1561,22 @@ def write_evaluation_sets(folder: str | Path) -> None:
 # %% [markdown]
 # ## 8. On the command line
 #
-# `python -m difftsr.dataset --pool runs/pool --count 20000 --degradations 2` renders ahead; training then says `--data pool:runs/pool`.
+# `python -m difftsr.dataset --pool runs/pool --count 20000 --degradations 2` renders ahead; training then says `--data pool:runs/pool`. `--lmdb PATH` and `--shards PATH` write sharp lines instead, of any `--source`; `--clean lmdb:PATH --output index.tsv` checks what others have written.
+#
+# ### What does it cost?
+#
+# Rates of lines as `tests/bench_data.py` has measured them, on a machine that others were using too (`load_average_before` says how much): read them against each other, not as what your machine can do. On a CPU the batched degradation is several times slower than the one-line form; it is for a graphics card. To feed 3,000 lines a second, render a pool of sharp canvases once, read it, and let the graphics card degrade (`degrade_batch`) and encode; `plan` in the file says what each other way would take in cores.
+
+# %%
+measured = json.loads((data_folder() / "benchmarks" / "data.json").read_text(encoding="utf-8"))
+rates = {**measured["lines_a_second_and_core"], **measured["lines_a_second"]}
+plt.figure(figsize=(7, 2.6))
+plt.barh(list(rates), list(rates.values()))
+plt.xscale("log")
+plt.xlabel("lines a second")
+plt.title(measured["machine"], fontsize=9)
+_ = plt.gca().invert_yaxis()
+
 
 # %%
 #| export
@@ -1686,6 +1701,8 @@ shutil.rmtree(folder)
 # - An item is a function of (seed, index, draw), so neither the order of access nor the number of processes changes the data.
 # - The order of batches is a function as well: resuming and sharing are arithmetic.
 # - Bad records are left out and reported; failing degradations are errors.
+# - `clean` says of every record why it is kept or dropped: by its text, its shape, its sharpness, its alignment, and whether it came before.
+# - What is larger than a disk is streamed from shards, in an order that is again a function of the seed.
 #
 # ## Where to go next
 #
