@@ -3,12 +3,12 @@
 # %% auto #0
 __all__ = ['PAD', 'UNK', 'UNKNOWN', 'MAX_LENGTH', 'ASCII', 'PUNCTUATION', 'TEXT_RANGES', 'PROBE', 'RESERVED_FACES', 'NOT_TEXT',
            'NOT_SIGNS', 'UNFAITHFUL', 'FONT_PACKAGES', 'MORE_FONT_PACKAGES', 'FONT_FILES', 'SYSTEM_FONT_FOLDERS',
-           'PLACEHOLDER', 'HEIGHT', 'FONT_SIZE', 'SIGN_COLORS', 'MIN_CONTRAST', 'RUNNING_HANDS', 'gb2312', 'Alphabet',
-           'Font', 'is_reserved_face', 'is_fit', 'package_font_folders', 'font_folders', 'written_whole',
-           'write_atomically', 'write_json', 'find_fonts', 'data_folder', 'read_phrases', 'read_table',
-           'reserved_texts', 'is_reserved', 'PhraseSampler', 'draw_mask', 'LineStyle', 'luminance', 'draw_colors',
-           'Looks', 'draw_style', 'place', 'compose', 'RenderedLine', 'LineRenderer', 'contact_sheet', 'glyph_bitmaps',
-           'print_fonts', 'main']
+           'PLACEHOLDER', 'HEIGHT', 'FONT_SIZE', 'SIGN_COLORS', 'MIN_CONTRAST', 'VARIED', 'PHOTOGRAPHS',
+           'RUNNING_HANDS', 'FONT_SOURCES', 'gb2312', 'Alphabet', 'Font', 'is_reserved_face', 'is_fit',
+           'package_font_folders', 'font_folders', 'written_whole', 'write_atomically', 'write_json', 'find_fonts',
+           'data_folder', 'read_phrases', 'read_table', 'reserved_texts', 'is_reserved', 'PhraseSampler', 'draw_mask',
+           'LineStyle', 'luminance', 'draw_colors', 'Looks', 'draw_style', 'place', 'photographs', 'cut_photograph',
+           'compose', 'bend', 'RenderedLine', 'LineRenderer', 'contact_sheet', 'glyph_bitmaps', 'print_fonts', 'main']
 
 # %% ../notebooks/01_text_lines.ipynb #fc4862af
 import functools
@@ -284,7 +284,7 @@ def write_json(path: str | os.PathLike, value) -> None:
     """Write JSON whole or not at all."""
     write_atomically(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())
 
-# %% ../notebooks/01_text_lines.ipynb #cf1892fc
+# %% ../notebooks/01_text_lines.ipynb #5da4d3dc
 def _cache_file() -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(root).expanduser() / "difftsr" / "fonts.json"
@@ -423,14 +423,25 @@ class PhraseSampler:
 
     `words`: "auto" takes jieba's dictionary where it is installed, "builtin" a short list that is the same everywhere.
     `random_share` of the phrases are characters drawn evenly from the alphabet: without them most of the 3,755 hanzi
-    would be met a few times only. Whatever comes out can be written in the alphabet, has 1 to `max_length` characters
-    and is no reserved text.
+    would be met a few times only. `rare_share` of them are words chosen by a character that is drawn evenly: rare
+    characters in the company they keep. Whatever comes out can be written in the alphabet, has 1 to `max_length`
+    characters and is no reserved text.
     """
 
     def __init__(
-        self, alphabet: Alphabet, *, random_share: float = 0.15, max_length: int = MAX_LENGTH, words: str = "auto"
+        self,
+        alphabet: Alphabet,
+        *,
+        random_share: float = 0.15,
+        rare_share: float = 0.0,
+        max_length: int = MAX_LENGTH,
+        words: str = "auto",
     ):
-        self.alphabet, self.random_share, self.max_length = alphabet, random_share, max_length
+        for share in (random_share, rare_share):
+            if not 0 <= share <= 1:
+                raise ValueError(f"random_share and rare_share are shares of the phrases, 0 to 1, not {share}")
+        self.alphabet, self.max_length = alphabet, max_length
+        self.random_share, self.rare_share = random_share, rare_share
         self.lists, shares = read_phrases()
         if "国" not in alphabet:  # an alphabet without hanzi writes English and codes
             shares = {"english": 40.0, "code": 60.0}
@@ -448,10 +459,26 @@ class PhraseSampler:
         ends = np.cumsum(weights[writable])
         return [candidates[i] for i in writable], ends / ends[-1:]
 
+    @functools.cached_property
+    def _words_with(self) -> dict[str, list[int]]:
+        """Where in the dictionary each character stands."""
+        places: dict[str, list[int]] = {}
+        for number, word in enumerate(self._words):
+            for character in set(word):
+                places.setdefault(character, []).append(number)
+        return places
+
+    def _word_with(self, character: str, rng: np.random.Generator) -> str:
+        """A word that holds the character, or the character alone where the dictionary has none."""
+        places = self._words_with.get(character)
+        return self._words[_pick(rng, places)] if places else character
+
     def sample(self, rng: np.random.Generator) -> str:
         """One phrase."""
         for _ in range(1000):
-            if rng.random() < self.random_share:
+            if self.rare_share and rng.random() < self.rare_share:
+                text = "".join(self._word_with(_pick(rng, self._letters), rng) for _ in range(rng.integers(1, 4)))
+            elif rng.random() < self.random_share:
                 text = "".join(_pick(rng, self._letters) for _ in range(rng.integers(1, 9)))
                 if rng.random() < 0.3:
                     text += _pick(rng, self.alphabet.characters)  # any character: punctuation as well
@@ -535,6 +562,9 @@ class LineStyle:
     margins: tuple[float, float, float, float] = (0.08, 0.08, 0.08, 0.08)  # left, top, right, bottom
     angle: float = 0.0  # degrees, counter-clockwise
     perspective: np.ndarray = field(default_factory=lambda: np.zeros((4, 2)))  # shifts of the text's four corners
+    photograph: str = ""  # file that a piece of is cut from and laid under the text
+    photograph_contrast: float = 16.0  # its standard deviation, of 255
+    curve: float = 0.0  # how far the middle of the line is moved down against its ends
 
 # %% ../notebooks/01_text_lines.ipynb #f77abe89
 SIGN_COLORS = (  # (text, background) as signs, plates and packages have them
@@ -583,11 +613,16 @@ class Looks:
     tight: float = 0.4  # cropped close to the ink, the others loosely
     turned: float = 0.4
     perspective: float = 0.3
+    photograph: float = 0.0  # behind the text, where the package scikit-image is installed
+    curve: float = 0.0  # text on an arc
 
     def __post_init__(self):
         for name, share in vars(self).items():
             if not 0 <= share <= 1:
                 raise ValueError(f"{name} is a share of the lines, 0 to 1, not {share}")
+
+
+VARIED = Looks(photograph=0.2, curve=0.15)  # what pools for training are rendered with
 
 
 def draw_style(font: Font, rng: np.random.Generator, *, length: int = 8, looks: Looks | None = None) -> LineStyle:
@@ -631,6 +666,11 @@ def draw_style(font: Font, rng: np.random.Generator, *, length: int = 8, looks: 
         style.angle = float(np.clip(rng.normal(0, 1.5), -4, 4))
     if chance(looks.perspective):
         style.perspective = rng.uniform(-0.06, 0.06, (4, 2))
+    # Effects that are off by default draw nothing then: the other draws stay what they are.
+    if looks.photograph and chance(looks.photograph) and (names := photographs()):
+        style.photograph, style.photograph_contrast = _pick(rng, names), uniform(8, 28)
+    if looks.curve and chance(looks.curve):
+        style.curve = uniform(-0.3, 0.3)
     return style
 
 # %% ../notebooks/01_text_lines.ipynb #6f59b0c3
@@ -677,6 +717,40 @@ def _smooth_field(height: int, width: int, cells: float, rng: np.random.Generato
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC).reshape(height, width, channels)
 
 
+PHOTOGRAPHS = (  # free pictures inside the wheel of scikit-image: NASA, SpaceX, and CC0
+    "astronaut.png", "brick.png", "chelsea.png", "coffee.png", "grass.png", "gravel.png", "rocket.jpg",
+    "hubble_deep_field.jpg",
+)  # fmt: skip
+
+
+@functools.lru_cache
+def photographs() -> tuple[str, ...]:
+    """Paths of the photographs that an installed package brings; none without scikit-image (extra `data`)."""
+    spec = importlib.util.find_spec("skimage")
+    folders = [Path(folder) / "data" for folder in (spec.submodule_search_locations or ())] if spec else []
+    return tuple(str(folder / name) for folder in folders for name in PHOTOGRAPHS if (folder / name).is_file())
+
+
+@functools.lru_cache(maxsize=len(PHOTOGRAPHS))
+def _photograph(path: str) -> np.ndarray:
+    return np.array(Image.open(path).convert("RGB"))
+
+
+def cut_photograph(path: str, size: tuple[int, int], contrast: float, rng: np.random.Generator) -> np.ndarray:
+    """A random piece of a photograph as deviations from its mean colour, (height, width, 3) float32.
+
+    Their standard deviation is `contrast` at most, so that the text in front can still be read.
+    """
+    picture, (height, width) = _photograph(path), size
+    share = min(picture.shape[0] / height, picture.shape[1] / width) * rng.uniform(0.4, 1)
+    rows, columns = max(2, int(height * share)), max(2, int(width * share))
+    top, left = (int(rng.integers(old - new + 1)) for old, new in zip(picture.shape, (rows, columns)))
+    piece = picture[top : top + rows, left : left + columns].astype(np.float32)
+    piece = cv2.resize(piece, (width, height), interpolation=cv2.INTER_AREA if share > 1 else cv2.INTER_CUBIC)
+    piece -= piece.mean((0, 1))
+    return piece * np.float32(min(1.0, contrast / max(1e-3, float(piece.std()))))
+
+
 def compose(layers: dict[str, np.ndarray], style: LineStyle, rng: np.random.Generator) -> np.ndarray:
     """Background, shadow, outline and text, one over the other. (128, w, 3) uint8"""
     height, width = layers["text"].shape
@@ -686,6 +760,8 @@ def compose(layers: dict[str, np.ndarray], style: LineStyle, rng: np.random.Gene
     if any(style.gradient):
         ramp = math.cos(style.gradient_angle) * x[None, :] + math.sin(style.gradient_angle) * y[:, None]
         image += ramp[..., None] * np.float32(style.gradient)
+    if style.photograph:
+        image += cut_photograph(style.photograph, (height, width), style.photograph_contrast, rng)
     if style.texture:
         blotches = _smooth_field(height, width, rng.uniform(2, 24), rng, channels=int(rng.choice([1, 3])))
         image += style.texture * blotches
@@ -707,6 +783,25 @@ def compose(layers: dict[str, np.ndarray], style: LineStyle, rng: np.random.Gene
     return cv2.convertScaleAbs(np.maximum(image, 0, out=image))  # rounds, and cuts at 255
 
 # %% ../notebooks/01_text_lines.ipynb #04227e0d
+def bend(mask: np.ndarray, boxes: np.ndarray, rows: tuple[int, int], curve: float) -> tuple:
+    """Put a mask of `draw_mask` on an arc whose middle lies `curve` font sizes below its ends: mask, boxes, rows."""
+    left, right = boxes[:, 0].min(), boxes[:, 2].max()
+
+    def lowered(x: np.ndarray) -> np.ndarray:
+        across = np.clip((x - left) / max(1.0, right - left), 0, 1)
+        return (curve * FONT_SIZE * (4 * across * (1 - across) - 0.5)).astype(np.float32)
+
+    height, width = mask.shape
+    x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
+    mask = cv2.remap(mask, x, y - lowered(x[:1]), cv2.INTER_LINEAR)
+    sides = np.stack([lowered(boxes[:, column]) for column in (0, 2)])
+    boxes = boxes.copy()
+    boxes[:, 1] += sides.min(0)
+    boxes[:, 3] += sides.max(0)
+    reach = math.ceil(abs(curve) * FONT_SIZE / 2)
+    return mask, boxes, (rows[0] - reach, rows[1] + reach)
+
+
 @dataclass
 class RenderedLine:
     """A line as an image. `centers` and `boxes` are shares of width and height, from 0 (left, top) to 1."""
@@ -757,6 +852,8 @@ class LineRenderer:
         if not style.font.covers(text):
             raise ValueError(f"{style.font.name} does not hold all characters of {text!r}")
         mask, boxes, rows = draw_mask(text, style.font, style.spacing)
+        if style.curve:
+            mask, boxes, rows = bend(mask, boxes, rows, style.curve)
         grow = style.bold + style.outline
         source = np.float32([boxes[:, 0].min() - grow, rows[0] - grow, boxes[:, 2].max() + grow, rows[1] + grow])
         width, corners = place(source, style)
@@ -815,14 +912,50 @@ def glyph_bitmaps(
     return bitmaps
 
 # %% ../notebooks/01_text_lines.ipynb #68ef88f0
+FONT_SOURCES = {  # family: what brings it; those of evaluation too
+    "Noto Sans SC": "pip install 'difftsr[data]'",
+    "Noto Serif SC": "pip install 'difftsr[data]'",
+    "WenQuanYi Micro Hei": "pip install 'difftsr[data]'",
+    "Noto Sans CJK SC": "apt install fonts-noto-cjk",
+    "Noto Serif CJK SC": "apt install fonts-noto-cjk",
+    "WenQuanYi Zen Hei": "apt install fonts-wqy-zenhei",
+    "AR PL UKai CN": "apt install fonts-arphic-ukai",
+    "AR PL UMing CN": "apt install fonts-arphic-uming",
+    "AR PL KaitiM GB": "apt install fonts-arphic-gkai00mp",
+    "AR PL SungtiL GB": "apt install fonts-arphic-gbsn00lp",
+    "LXGW WenKai": "apt install fonts-lxgw-wenkai",
+    "Smiley Sans": "apt install fonts-smiley-sans",
+    "Ma Shan Zheng": "npm install @fontsource/ma-shan-zheng",
+    "ZCOOL KuaiLe": "npm install @fontsource/zcool-kuaile",
+    "ZCOOL XiaoWei": "npm install @fontsource/zcool-xiaowei",
+    "ZCOOL QingKe HuangYou": "npm install @fontsource/zcool-qingke-huangyou",
+    "Long Cang": "npm install @fontsource/long-cang",
+    "Zhi Mang Xing": "npm install @fontsource/zhi-mang-xing",
+    "Lato": "apt install fonts-lato",
+    "Roboto": "apt install fonts-roboto",
+    "Open Sans": "apt install fonts-open-sans",
+    "Liberation Sans": "apt install fonts-liberation",
+    "DejaVu Sans": "apt install fonts-dejavu",
+}
+
+
 def print_fonts(file=None) -> None:
-    """A table of the faces found and what they cover."""
+    """A table of the faces found and what they cover, and what brings those that are missing."""
     alphabet, level_2 = Alphabet.classroom(), gb2312(0xD8, 0xF7)
     print(f"{'face':44s} {'classroom':>9s} {'level 2':>8s}  use         file", file=file)
-    for font in find_fonts(training=False):
+    found = find_fonts(training=False)
+    for font in found:
         use = "evaluation" if is_reserved_face(font.family, Path(font.path).name) else "training"
         covered = f"{font.coverage(alphabet.characters):9.1%} {font.coverage(level_2):8.1%}"
         print(f"{font.name[:44]:44s} {covered}  {use:10s}  {font.path}", file=file)
+    families = {font.family for font in found}
+    training = sum(not is_reserved_face(family) for family in families)
+    print(f"{training} typefaces for training, {len(families) - training} for evaluation", file=file)
+    for family, command in FONT_SOURCES.items():
+        if family not in families:
+            print(f"{family[:44]:44s} not found: {command}", file=file)
+    if any("npm" in command for family, command in FONT_SOURCES.items() if family not in families):
+        print("Files of npm packages are found where DIFFTSR_FONTS names their folder.", file=file)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -660,14 +660,25 @@ class PhraseSampler:
 
     `words`: "auto" takes jieba's dictionary where it is installed, "builtin" a short list that is the same everywhere.
     `random_share` of the phrases are characters drawn evenly from the alphabet: without them most of the 3,755 hanzi
-    would be met a few times only. Whatever comes out can be written in the alphabet, has 1 to `max_length` characters
-    and is no reserved text.
+    would be met a few times only. `rare_share` of them are words chosen by a character that is drawn evenly: rare
+    characters in the company they keep. Whatever comes out can be written in the alphabet, has 1 to `max_length`
+    characters and is no reserved text.
     """
 
     def __init__(
-        self, alphabet: Alphabet, *, random_share: float = 0.15, max_length: int = MAX_LENGTH, words: str = "auto"
+        self,
+        alphabet: Alphabet,
+        *,
+        random_share: float = 0.15,
+        rare_share: float = 0.0,
+        max_length: int = MAX_LENGTH,
+        words: str = "auto",
     ):
-        self.alphabet, self.random_share, self.max_length = alphabet, random_share, max_length
+        for share in (random_share, rare_share):
+            if not 0 <= share <= 1:
+                raise ValueError(f"random_share and rare_share are shares of the phrases, 0 to 1, not {share}")
+        self.alphabet, self.max_length = alphabet, max_length
+        self.random_share, self.rare_share = random_share, rare_share
         self.lists, shares = read_phrases()
         if "国" not in alphabet:  # an alphabet without hanzi writes English and codes
             shares = {"english": 40.0, "code": 60.0}
@@ -685,10 +696,26 @@ class PhraseSampler:
         ends = np.cumsum(weights[writable])
         return [candidates[i] for i in writable], ends / ends[-1:]
 
+    @functools.cached_property
+    def _words_with(self) -> dict[str, list[int]]:
+        """Where in the dictionary each character stands."""
+        places: dict[str, list[int]] = {}
+        for number, word in enumerate(self._words):
+            for character in set(word):
+                places.setdefault(character, []).append(number)
+        return places
+
+    def _word_with(self, character: str, rng: np.random.Generator) -> str:
+        """A word that holds the character, or the character alone where the dictionary has none."""
+        places = self._words_with.get(character)
+        return self._words[_pick(rng, places)] if places else character
+
     def sample(self, rng: np.random.Generator) -> str:
         """One phrase."""
         for _ in range(1000):
-            if rng.random() < self.random_share:
+            if self.rare_share and rng.random() < self.rare_share:
+                text = "".join(self._word_with(_pick(rng, self._letters), rng) for _ in range(rng.integers(1, 4)))
+            elif rng.random() < self.random_share:
                 text = "".join(_pick(rng, self._letters) for _ in range(rng.integers(1, 9)))
                 if rng.random() < 0.3:
                     text += _pick(rng, self.alphabet.characters)  # any character: punctuation as well
@@ -746,6 +773,13 @@ plt.ylabel("1 + times seen")
 plt.legend()
 print(f"hanzi never seen: {np.mean(realistic == 0):.0%}, and with random characters {np.mean(balanced == 0):.0%}")
 assert np.mean(balanced == 0) < np.mean(realistic == 0) / 2
+
+# %% [markdown]
+# Random neighbours are no language, though, and a reader learns from neighbours. With `rare_share` the *character* is drawn evenly, but it comes inside a word of the dictionary that holds it:
+
+# %%
+rare = PhraseSampler(alphabet, random_share=0.0, rare_share=1.0)
+print(" | ".join(rare._word_with(character, rng) for character in "镊蜻徙寓囊"))
 
 # %% [markdown]
 # ## 4. From a phrase to a picture
@@ -832,6 +866,9 @@ class LineStyle:
     margins: tuple[float, float, float, float] = (0.08, 0.08, 0.08, 0.08)  # left, top, right, bottom
     angle: float = 0.0  # degrees, counter-clockwise
     perspective: np.ndarray = field(default_factory=lambda: np.zeros((4, 2)))  # shifts of the text's four corners
+    photograph: str = ""  # file that a piece of is cut from and laid under the text
+    photograph_contrast: float = 16.0  # its standard deviation, of 255
+    curve: float = 0.0  # how far the middle of the line is moved down against its ends
 
 
 # %%
@@ -884,11 +921,16 @@ class Looks:
     tight: float = 0.4  # cropped close to the ink, the others loosely
     turned: float = 0.4
     perspective: float = 0.3
+    photograph: float = 0.0  # behind the text, where the package scikit-image is installed
+    curve: float = 0.0  # text on an arc
 
     def __post_init__(self):
         for name, share in vars(self).items():
             if not 0 <= share <= 1:
                 raise ValueError(f"{name} is a share of the lines, 0 to 1, not {share}")
+
+
+VARIED = Looks(photograph=0.2, curve=0.15)  # what pools for training are rendered with
 
 
 def draw_style(font: Font, rng: np.random.Generator, *, length: int = 8, looks: Looks | None = None) -> LineStyle:
@@ -932,6 +974,11 @@ def draw_style(font: Font, rng: np.random.Generator, *, length: int = 8, looks: 
         style.angle = float(np.clip(rng.normal(0, 1.5), -4, 4))
     if chance(looks.perspective):
         style.perspective = rng.uniform(-0.06, 0.06, (4, 2))
+    # Effects that are off by default draw nothing then: the other draws stay what they are.
+    if looks.photograph and chance(looks.photograph) and (names := photographs()):
+        style.photograph, style.photograph_contrast = _pick(rng, names), uniform(8, 28)
+    if looks.curve and chance(looks.curve):
+        style.curve = uniform(-0.3, 0.3)
     return style
 
 
@@ -1023,6 +1070,40 @@ def _smooth_field(height: int, width: int, cells: float, rng: np.random.Generato
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC).reshape(height, width, channels)
 
 
+PHOTOGRAPHS = (  # free pictures inside the wheel of scikit-image: NASA, SpaceX, and CC0
+    "astronaut.png", "brick.png", "chelsea.png", "coffee.png", "grass.png", "gravel.png", "rocket.jpg",
+    "hubble_deep_field.jpg",
+)  # fmt: skip
+
+
+@functools.lru_cache
+def photographs() -> tuple[str, ...]:
+    """Paths of the photographs that an installed package brings; none without scikit-image (extra `data`)."""
+    spec = importlib.util.find_spec("skimage")
+    folders = [Path(folder) / "data" for folder in (spec.submodule_search_locations or ())] if spec else []
+    return tuple(str(folder / name) for folder in folders for name in PHOTOGRAPHS if (folder / name).is_file())
+
+
+@functools.lru_cache(maxsize=len(PHOTOGRAPHS))
+def _photograph(path: str) -> np.ndarray:
+    return np.array(Image.open(path).convert("RGB"))
+
+
+def cut_photograph(path: str, size: tuple[int, int], contrast: float, rng: np.random.Generator) -> np.ndarray:
+    """A random piece of a photograph as deviations from its mean colour, (height, width, 3) float32.
+
+    Their standard deviation is `contrast` at most, so that the text in front can still be read.
+    """
+    picture, (height, width) = _photograph(path), size
+    share = min(picture.shape[0] / height, picture.shape[1] / width) * rng.uniform(0.4, 1)
+    rows, columns = max(2, int(height * share)), max(2, int(width * share))
+    top, left = (int(rng.integers(old - new + 1)) for old, new in zip(picture.shape, (rows, columns)))
+    piece = picture[top : top + rows, left : left + columns].astype(np.float32)
+    piece = cv2.resize(piece, (width, height), interpolation=cv2.INTER_AREA if share > 1 else cv2.INTER_CUBIC)
+    piece -= piece.mean((0, 1))
+    return piece * np.float32(min(1.0, contrast / max(1e-3, float(piece.std()))))
+
+
 def compose(layers: dict[str, np.ndarray], style: LineStyle, rng: np.random.Generator) -> np.ndarray:
     """Background, shadow, outline and text, one over the other. (128, w, 3) uint8"""
     height, width = layers["text"].shape
@@ -1032,6 +1113,8 @@ def compose(layers: dict[str, np.ndarray], style: LineStyle, rng: np.random.Gene
     if any(style.gradient):
         ramp = math.cos(style.gradient_angle) * x[None, :] + math.sin(style.gradient_angle) * y[:, None]
         image += ramp[..., None] * np.float32(style.gradient)
+    if style.photograph:
+        image += cut_photograph(style.photograph, (height, width), style.photograph_contrast, rng)
     if style.texture:
         blotches = _smooth_field(height, width, rng.uniform(2, 24), rng, channels=int(rng.choice([1, 3])))
         image += style.texture * blotches
@@ -1075,6 +1158,25 @@ for axis, (name, look) in zip(axes.flat, looks.items(), strict=True):
 
 # %%
 #| export
+def bend(mask: np.ndarray, boxes: np.ndarray, rows: tuple[int, int], curve: float) -> tuple:
+    """Put a mask of `draw_mask` on an arc whose middle lies `curve` font sizes below its ends: mask, boxes, rows."""
+    left, right = boxes[:, 0].min(), boxes[:, 2].max()
+
+    def lowered(x: np.ndarray) -> np.ndarray:
+        across = np.clip((x - left) / max(1.0, right - left), 0, 1)
+        return (curve * FONT_SIZE * (4 * across * (1 - across) - 0.5)).astype(np.float32)
+
+    height, width = mask.shape
+    x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
+    mask = cv2.remap(mask, x, y - lowered(x[:1]), cv2.INTER_LINEAR)
+    sides = np.stack([lowered(boxes[:, column]) for column in (0, 2)])
+    boxes = boxes.copy()
+    boxes[:, 1] += sides.min(0)
+    boxes[:, 3] += sides.max(0)
+    reach = math.ceil(abs(curve) * FONT_SIZE / 2)
+    return mask, boxes, (rows[0] - reach, rows[1] + reach)
+
+
 @dataclass
 class RenderedLine:
     """A line as an image. `centers` and `boxes` are shares of width and height, from 0 (left, top) to 1."""
@@ -1127,6 +1229,8 @@ class LineRenderer:
         if not style.font.covers(text):
             raise ValueError(f"{style.font.name} does not hold all characters of {text!r}")
         mask, boxes, rows = draw_mask(text, style.font, style.spacing)
+        if style.curve:
+            mask, boxes, rows = bend(mask, boxes, rows, style.curve)
         grow = style.bold + style.outline
         source = np.float32([boxes[:, 0].min() - grow, rows[0] - grow, boxes[:, 2].max() + grow, rows[1] + grow])
         width, corners = place(source, style)
@@ -1168,6 +1272,16 @@ renderer = LineRenderer(fonts)
 lines = [renderer.render(phrase, rng) for phrase in phrases]
 assert all(line.image.shape[0] == HEIGHT and 1 <= line.image.shape[1] / HEIGHT <= 8 for line in lines)
 plt.figure(figsize=(8, 3.2))
+plt.imshow(contact_sheet([line.image for line in lines]))
+_ = plt.axis("off")
+
+# %% [markdown]
+# `Looks` says how much of each effect there is. Photographs and arcs are off by default; `VARIED` turns them on for training. Here everything at once, so that you see each of them:
+
+# %%
+busy = LineRenderer(fonts, looks=Looks(photograph=1, curve=1, shading=1, shadow=0.5, outline=0.5))
+lines = [busy.render(phrase, rng) for phrase in phrases[:12]]
+plt.figure(figsize=(8, 1.8))
 plt.imshow(contact_sheet([line.image for line in lines]))
 _ = plt.axis("off")
 
@@ -1230,24 +1344,59 @@ assert bitmaps.shape == (len(alphabet), 24, 24) and bitmaps[PAD].sum() == 0
 blank = [c for c, bitmap in zip(alphabet.characters, bitmaps[2:], strict=True) if not bitmap.any()]
 print("classes without ink besides PAD:", blank)
 
-
 # %% [markdown]
 # 未 and 末, 己, 已 and 巳 differ by the length of one stroke. Whoever restores a blurred line has to decide between them; that is what the text diffusion is for.
 #
 # ## 6. On the command line
 #
-# `python -m difftsr.text_lines --fonts` prints which faces were found and what they cover, `--show 20` prints phrases.
+# `python -m difftsr.text_lines --fonts` prints which faces were found, what they cover, and what brings the others; `--show 20` prints phrases.
 
 # %%
 #| export
+FONT_SOURCES = {  # family: what brings it; those of evaluation too
+    "Noto Sans SC": "pip install 'difftsr[data]'",
+    "Noto Serif SC": "pip install 'difftsr[data]'",
+    "WenQuanYi Micro Hei": "pip install 'difftsr[data]'",
+    "Noto Sans CJK SC": "apt install fonts-noto-cjk",
+    "Noto Serif CJK SC": "apt install fonts-noto-cjk",
+    "WenQuanYi Zen Hei": "apt install fonts-wqy-zenhei",
+    "AR PL UKai CN": "apt install fonts-arphic-ukai",
+    "AR PL UMing CN": "apt install fonts-arphic-uming",
+    "AR PL KaitiM GB": "apt install fonts-arphic-gkai00mp",
+    "AR PL SungtiL GB": "apt install fonts-arphic-gbsn00lp",
+    "LXGW WenKai": "apt install fonts-lxgw-wenkai",
+    "Smiley Sans": "apt install fonts-smiley-sans",
+    "Ma Shan Zheng": "npm install @fontsource/ma-shan-zheng",
+    "ZCOOL KuaiLe": "npm install @fontsource/zcool-kuaile",
+    "ZCOOL XiaoWei": "npm install @fontsource/zcool-xiaowei",
+    "ZCOOL QingKe HuangYou": "npm install @fontsource/zcool-qingke-huangyou",
+    "Long Cang": "npm install @fontsource/long-cang",
+    "Zhi Mang Xing": "npm install @fontsource/zhi-mang-xing",
+    "Lato": "apt install fonts-lato",
+    "Roboto": "apt install fonts-roboto",
+    "Open Sans": "apt install fonts-open-sans",
+    "Liberation Sans": "apt install fonts-liberation",
+    "DejaVu Sans": "apt install fonts-dejavu",
+}
+
+
 def print_fonts(file=None) -> None:
-    """A table of the faces found and what they cover."""
+    """A table of the faces found and what they cover, and what brings those that are missing."""
     alphabet, level_2 = Alphabet.classroom(), gb2312(0xD8, 0xF7)
     print(f"{'face':44s} {'classroom':>9s} {'level 2':>8s}  use         file", file=file)
-    for font in find_fonts(training=False):
+    found = find_fonts(training=False)
+    for font in found:
         use = "evaluation" if is_reserved_face(font.family, Path(font.path).name) else "training"
         covered = f"{font.coverage(alphabet.characters):9.1%} {font.coverage(level_2):8.1%}"
         print(f"{font.name[:44]:44s} {covered}  {use:10s}  {font.path}", file=file)
+    families = {font.family for font in found}
+    training = sum(not is_reserved_face(family) for family in families)
+    print(f"{training} typefaces for training, {len(families) - training} for evaluation", file=file)
+    for family, command in FONT_SOURCES.items():
+        if family not in families:
+            print(f"{family[:44]:44s} not found: {command}", file=file)
+    if any("npm" in command for family, command in FONT_SOURCES.items() if family not in families):
+        print("Files of npm packages are found where DIFFTSR_FONTS names their folder.", file=file)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -1281,6 +1430,7 @@ if __name__ == "__main__" and "__file__" in globals():
 # - Three things that are easily confused, *nothing*, *something unknown* and *a space*, have three classes.
 # - A glyph counts only if the font's map lists it and it leaves ink. Faces and texts kept for evaluation are refused at the door.
 # - Phrases come from a grammar that anyone can edit; 15 % random characters let the model meet the whole alphabet.
+# - `rare_share` brings every character in words; `Looks` sets how often each effect is met, photographs and arcs included.
 # - A line is one mask of ink, one projective warp and a few layers; the character boxes go through the same warp.
 #
 # ## Where to go next

@@ -1,7 +1,9 @@
 """Sources, pools and loaders: repeatable, resumable, shareable, and not stopped by a bad record."""
 
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -23,15 +25,23 @@ from difftsr.dataset import (
     LineSource,
     LmdbLines,
     PairFolder,
+    ShardBatches,
+    ShardLines,
     SyntheticLines,
+    align,
     checksums,
+    clean,
     decode_image,
     evaluation_pairs,
     make_loader,
     open_source,
+    plant_faults,
+    read_index,
+    sharpness,
     to_float,
     write_evaluation_sets,
     write_lmdb,
+    write_shards,
 )
 from difftsr.degradation import DegradationConfig
 from difftsr.text_lines import (
@@ -374,3 +384,163 @@ def test_evaluation_sets_can_be_written_again(tmp_path, monkeypatch):
             new, old = (root / "dev" / side / file for root in (tmp_path / "eval", data_folder() / "eval"))
             difference = np.abs(decode_image(new.read_bytes()).astype(int) - decode_image(old.read_bytes()))
             assert difference.mean() < 0.5, (side, file)  # not to the bit: another FreeType draws a little otherwise
+
+
+# Cleaning
+
+
+def test_alignment_is_measured(source):
+    hr = source.line(2).hr
+    height, width = hr.shape[:2]
+    for dx, dy, scale in ((0, 0, 1), (9, 0, 1), (-6, 5, 1), (0, 0, 1.06)):
+        move = np.float32([[scale, 0, dx + width / 2 * (1 - scale)], [0, 1, dy]])
+        lr = cv2.warpAffine(hr, move, (width, height), borderMode=cv2.BORDER_REPLICATE)
+        found = align(hr, cv2.resize(lr, (width // 4, height // 4), interpolation=cv2.INTER_AREA))
+        assert np.allclose(found.shift, (dx / height, dy / height), atol=0.015)
+        assert abs(found.scale - (scale - 1)) < 0.02 and found.correlation > 0.8 and found.residual < 0.03
+    wave = np.float32(6 * np.sin(np.linspace(0, 12, width)))[None] + np.zeros((height, 1), np.float32)
+    x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
+    assert align(hr, cv2.remap(hr, x, y + 2 * wave, 1, borderMode=cv2.BORDER_REPLICATE)).residual > 0.02
+
+
+def test_sharpness_falls_with_blur_and_not_with_contrast(source):
+    hr = source.line(3).hr
+    values = [sharpness(cv2.GaussianBlur(hr, (0, 0), sigma)) for sigma in (0.1, 2, 4, 8)]
+    assert values == sorted(values, reverse=True) and values[0] > 3 * values[-1]
+    assert sharpness(hr // 2 + 60) == pytest.approx(values[0], rel=0.1)
+    assert sharpness(np.full((40, 90, 3), 7, np.uint8)) == 0
+
+
+@pytest.mark.parametrize("seed", [11, 12])
+def test_planted_faults_are_found(alphabet, fonts, tmp_path, seed):
+    lines = synthetic(alphabet, fonts, seed=seed, length=160)
+    planted = plant_faults(tmp_path / "pairs", [lines.line(i) for i in range(120)], seed=seed)
+    pairs = PairFolder(tmp_path / "pairs", alphabet, SIZE)
+    report = clean(pairs, tmp_path / "index.tsv", workers=2, progress=False)
+    assert sum(report.counts.values()) + len(report.kept) == 120
+    truth = [None] * 70 + [fault for fault, count in planted.items() for _ in range(count)]
+    confused = [(row["record"], want, row["reason"]) for row, want in zip(report.rows, truth, strict=True)
+                if want != row["reason"]]  # fmt: skip
+    assert len(confused) <= 3, confused
+    missed = [one for one in confused if one[2] is None]
+    assert len(missed) <= 1 and sum(one[1] is None for one in confused) <= 2, confused
+    chosen = open_source(f"pairs:{tmp_path / 'pairs'}@{tmp_path / 'index.tsv'}", alphabet, SIZE)
+    assert len(chosen) == len(report.kept) and chosen.line(3).text == pairs.line(report.kept[3]).text
+    told = json.loads((tmp_path / "index.json").read_text(encoding="utf-8"))
+    assert told["dropped"] == report.counts and sum(told["histograms"]["length"]["counts"]) == len(report.kept)
+    for name in ("index_dropped.png", "index_histograms.png"):
+        assert decode_image((tmp_path / name).read_bytes()).std() > 5
+
+
+def test_cleaning_an_lmdb_names_the_record_itself(ctr, alphabet, tmp_path):
+    put(ctr, image_000000002=b"no picture")
+    report = clean(LmdbLines(ctr, alphabet, SIZE), tmp_path / "index.tsv", progress=False)
+    assert report.rows[1]["reason"] == "unreadable" and 1 not in report.kept
+    assert set(read_index(tmp_path / "index.tsv")) == set(report.kept)
+
+
+def test_index_refusals(pool, ctr, alphabet, tmp_path):
+    (tmp_path / "index.tsv").write_text("record\ttext\n99\tx\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="beyond the 6"):
+        open_source(f"lmdb:{ctr}@{tmp_path / 'index.tsv'}", alphabet, SIZE)
+    with pytest.raises(ValueError, match="no index file"):
+        read_index(tmp_path / "missing.tsv")
+    with pytest.raises(ValueError, match=".tsv"):
+        clean(LmdbLines(ctr, alphabet, SIZE), tmp_path / "index.json")
+
+
+# Writers and shards
+
+
+def test_lmdb_grows_while_it_is_written_and_appears_whole(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (128, 1000, 3), dtype=np.uint8)  # 18 MB: over the first size
+    assert write_lmdb(tmp_path / "big", (Line(noise, str(i), "") for i in range(48))) == 48
+    lines = LmdbLines(tmp_path / "big", Alphabet.classroom(), SIZE)
+    assert len(lines) == 48 and np.array_equal(lines.line(47).hr, noise)
+
+    def cut():
+        yield Line(noise, "1", "")
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        write_lmdb(tmp_path / "cut", cut())
+    assert [path.name for path in tmp_path.iterdir()] == ["big"]
+    for path, lines in ((tmp_path / "big", []), (tmp_path / "none", [])):
+        with pytest.raises(ValueError, match="exists already|no lines"):
+            write_lmdb(path, lines)
+
+
+def test_lmdb_is_read_without_writing_anything(ctr, alphabet):
+    (ctr / "lock.mdb").unlink(missing_ok=True)
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in ctr.iterdir())
+    LmdbLines(ctr, alphabet, SIZE)[0]
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in ctr.iterdir()) == before
+
+
+@pytest.fixture(scope="module")
+def shards(source, tmp_path_factory):
+    pytest.importorskip("webdataset")
+    folder = tmp_path_factory.mktemp("s") / "shards"
+    assert write_shards(folder, (source.line(i) for i in range(23)), per_shard=5) == 23
+    return folder
+
+
+def test_shards_give_every_record_once_an_epoch(shards, source, alphabet):
+    lines = open_source(f"shards:{shards}", alphabet, SIZE, degradation=DegradationConfig(strength="mild"))
+    assert len(lines) == 23 and lines.counts == [5, 5, 5, 5, 3]
+    loader = make_loader(lines, 23, 1)
+    first, second = next(loader), next(loader)
+    expected = sorted(source.line(i).text for i in range(23))
+    assert sorted(first["text"]) == sorted(second["text"]) == expected and first["text"] != second["text"]
+    assert first["hr"].shape == (23, 3, *SIZE) and (first["centers"][0] >= 0).any()
+    record = first["text"].index(source.line(7).text)
+    assert np.allclose(first["hr"][record], to_float(source.record(7)["hr"][None])[0])
+
+
+def test_shards_resume_and_are_shared(shards, alphabet):
+    lines = ShardLines(shards, alphabet, SIZE, seed=3)
+    whole = make_loader(lines, 4, 7)
+    batches = [next(whole) for _ in range(9)]
+    for options in ({"start": 8}, {"start": 8, "workers": 2}):
+        assert same(next(make_loader(lines, 4, 7, **options)), batches[8])
+    ranks = [list(itertools.islice(ShardBatches(lines, 1, rank=rank, world=2)._samples(), 9)) for rank in range(2)]
+    keys = [{sample["__key__"] for sample, epoch in rank if epoch == 0} for rank in ranks]
+    assert not keys[0] & keys[1]
+    with pytest.raises(ValueError, match="cannot be shared"):
+        ShardBatches(lines, 4, rank=5, world=6)
+
+
+def test_a_broken_shard_does_not_stop_the_stream(shards, alphabet, tmp_path):
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    data = (copy / "shard-000001.tar").read_bytes()
+    (copy / "shard-000001.tar").write_bytes(data[: len(data) // 2])
+    lines = ShardLines(copy, alphabet, SIZE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loader = make_loader(lines, 10, 0)
+        assert all(len(next(loader)["text"]) == 10 for _ in range(6))
+
+
+def test_command_line_writes_cleans_and_refuses(tmp_path):
+    def run(*options):
+        command = [sys.executable, "-m", "difftsr.dataset", *map(str, options)]
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "DIFFTSR_FONTS": ""})
+
+    done = run("--lmdb", tmp_path / "l", "--count", 8, "--looks.photograph", 0)
+    assert done.returncode == 0, done.stderr
+    done = run("--clean", f"lmdb:{tmp_path / 'l'}", "--output", tmp_path / "i.tsv", "--workers", 1)
+    assert done.returncode == 0 and "of 8 records kept" in done.stdout and (tmp_path / "i.json").is_file()
+    done = run("--shards", tmp_path / "s", "--source", f"lmdb:{tmp_path / 'l'}@{tmp_path / 'i.tsv'}")
+    assert done.returncode == 0 and (tmp_path / "s/shards.json").is_file()
+    assert run("--clean", f"lmdb:{tmp_path / 'l'}").returncode == 2
+    refused = run("--clean", "lmdb:nothing", "--output", tmp_path / "i.tsv")
+    assert refused.returncode == 2 and refused.stderr.splitlines()[-1].startswith("error: nothing does not exist")
+
+
+def test_a_bad_record_in_a_shard_is_reported_and_replaced(alphabet, source, tmp_path):
+    pytest.importorskip("webdataset")
+    good = [source.line(i) for i in range(3)]
+    write_shards(tmp_path / "s", [*good, Line(good[0].hr, "字" * 30, "")])
+    with pytest.warns(UserWarning, match="left out: it has 30 characters"):
+        batch = next(make_loader(ShardLines(tmp_path / "s", alphabet, SIZE), 4, 0))
+    assert set(batch["text"]) == {line.text for line in good} and len(batch["text"]) == 4

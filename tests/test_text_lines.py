@@ -20,6 +20,7 @@ from difftsr.text_lines import (
     Font,
     LineRenderer,
     LineStyle,
+    Looks,
     PhraseSampler,
     contact_sheet,
     draw_mask,
@@ -315,3 +316,71 @@ def test_command_line(tmp_path):
     command = [sys.executable, "-m", "difftsr.text_lines", "--show", "3", "--seed", "1"]
     runs = [subprocess.run(command, capture_output=True, text=True, env=environment, check=True) for _ in range(2)]
     assert len(runs[0].stdout.splitlines()) == 3 and runs[0].stdout == runs[1].stdout
+
+
+# Looks
+
+
+def test_looks_are_shares(fonts):
+    rng = np.random.default_rng(0)
+    none = Looks(**dict.fromkeys(vars(Looks()), 0.0))
+    plain = draw_style(fonts[0], rng, looks=none)
+    assert not (plain.texture or plain.grain or plain.shading or plain.bold or plain.outline or plain.angle)
+    styles = [draw_style(fonts[0], rng, looks=Looks(curve=0.5, grain=1.0)) for _ in range(200)]
+    assert all(style.grain for style in styles) and 0.35 < np.mean([style.curve != 0 for style in styles]) < 0.65
+    with pytest.raises(ValueError, match="outline is a share"):
+        Looks(outline=1.5)
+
+
+def test_effects_that_are_off_change_no_draw(fonts):
+    first, second = (draw_style(fonts[0], np.random.default_rng(3), looks=looks) for looks in (None, Looks(curve=1.0)))
+    assert second.curve and first.margins == second.margins and first.color == second.color
+
+
+@pytest.mark.parametrize("curve", [-0.3, 0.3])
+def test_boxes_follow_the_curve(fonts, curve):
+    style = LineStyle(fonts[0], color=(0, 0, 0), background=(255, 255, 255), curve=curve)
+    line = LineRenderer(fonts).render("口口口口口口口", np.random.default_rng(0), style)
+    height, width = line.image.shape[:2]
+    middle, ends = line.boxes[3, [1, 3]].mean(), line.boxes[[0, -1]][:, [1, 3]].mean()
+    assert np.sign(middle - ends) == np.sign(curve) and abs(middle - ends) > 0.1
+    ink = line.image[..., 0] < 128
+    covered = np.zeros_like(ink)
+    for left, top, right, bottom in line.boxes * np.tile([width, height], 2):
+        covered[int(top) - 1 : int(bottom) + 2, int(left) - 1 : int(right) + 2] = True
+    assert ink.any() and not (ink & ~covered).any()
+
+
+def test_photographs_lie_behind_the_text_and_leave_it_readable(fonts):
+    if not text_lines.photographs():
+        pytest.skip("needs the package scikit-image for its photographs")
+    assert len(text_lines.photographs()) >= 6
+    for seed, name in enumerate(text_lines.photographs()):
+        rng = np.random.default_rng(seed)
+        piece = text_lines.cut_photograph(name, (128, 1024), 20, rng)
+        assert piece.shape == (128, 1024, 3) and piece.std() <= 20.01 and np.abs(piece.mean((0, 1))).max() < 1
+        style = LineStyle(fonts[0], color=(0, 0, 0), background=(200, 200, 200), photograph=name)
+        line = LineRenderer(fonts).render("照片", np.random.default_rng(seed), style)
+        again = LineRenderer(fonts).render("照片", np.random.default_rng(seed), style)
+        assert np.array_equal(line.image, again.image) and line.image.std() > 5
+
+
+def test_rare_characters_come_in_words(alphabet):
+    sampler, rng = PhraseSampler(alphabet, random_share=0.0, rare_share=1.0), np.random.default_rng(0)
+    seen = Counter("".join(sampler.sample(rng) for _ in range(8000)))
+    plain = PhraseSampler(alphabet, random_share=0.0)
+    usual = Counter("".join(plain.sample(rng) for _ in range(8000)))
+    hanzi = [c for c in alphabet.characters if "\u4e00" <= c <= "\u9fff"]
+    assert sum(seen[c] < 2 for c in hanzi) < sum(usual[c] < 2 for c in hanzi) / 4
+    assert all(sampler._word_with("国", rng).count("国") for _ in range(20))
+    with pytest.raises(ValueError, match="shares"):
+        PhraseSampler(alphabet, rare_share=2)
+
+
+def test_missing_fonts_are_named_with_what_brings_them(monkeypatch, capsys):
+    everything = find_fonts(package_font_folders(), training=False)
+    monkeypatch.setattr(text_lines, "find_fonts", lambda training: everything)
+    text_lines.print_fonts()
+    said = capsys.readouterr().out
+    assert "fonts-smiley-sans" in said and "DIFFTSR_FONTS" in said and "0 for evaluation" in said
+    assert "Noto Sans SC                                 not found" not in said

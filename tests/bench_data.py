@@ -1,0 +1,175 @@
+"""What lines cost: rendering, degrading, loading, in one run on one machine.
+
+    python tests/bench_data.py [--lines 200] [--output data/benchmarks/data.json]
+
+Every rate is the median of several rounds; rates of one table are measured in turns, so that a busy moment of the
+machine meets all of them alike. CPU rates are for one core (one thread, one process) unless the name says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from bench import machine
+from difftsr.dataset import SIZES, LinePool, SyntheticLines, make_loader
+from difftsr.degradation import DegradationConfig, canvas_batch, degrade, degrade_batch, to_canvas
+from difftsr.idm import IDMStage, IDMTraining
+from difftsr.model import DiffTSR
+from difftsr.text_lines import VARIED, Alphabet
+
+SIZE = SIZES["classroom"]
+GOAL, CORES = 3000, 16  # lines a second, cores of the machine that is planned for
+
+
+def rates(tasks: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
+    """Lines a second of each task, which says how many lines it made: the median over rounds taken in turns."""
+    measured: dict[str, list[float]] = {name: [] for name in tasks}
+    for task in tasks.values():
+        task()  # warm: fonts, tables, caches
+    for _ in range(rounds):
+        for name, task in tasks.items():
+            start = time.perf_counter()
+            count = task()
+            measured[name].append(count / (time.perf_counter() - start))
+    return {name: round(statistics.median(values), 1) for name, values in measured.items()}
+
+
+def one_core(lines: int) -> dict[str, Callable[[], int]]:
+    """Rendering and degrading; the two forms of degradation have the same canvases to do."""
+    plain, varied = (SyntheticLines(Alphabet.classroom(), SIZE, looks=looks) for looks in (None, VARIED))
+    canvases = np.stack([to_canvas(plain.line(index).hr, SIZE) for index in range(lines)])
+    config, batch = DegradationConfig(strength="mixed"), 16
+    tensor = torch.from_numpy(canvases).permute(0, 3, 1, 2).float() / 255
+    drawn = iter(range(10**9))  # new seeds in every round
+
+    def render(source: SyntheticLines) -> int:
+        for index in range(lines):
+            source.line(index)
+        return lines
+
+    def each() -> int:
+        for image in canvases:
+            to_canvas(degrade(image, np.random.default_rng(next(drawn)), config).lr, SIZE)
+        return lines
+
+    def together() -> int:
+        for start in range(0, lines, batch):
+            part = tensor[start : start + batch]
+            canvas_batch(degrade_batch(part, [next(drawn) for _ in part], config)[0], SIZE)
+        return lines
+
+    return {
+        "render": lambda: render(plain),
+        "render_varied": lambda: render(varied),
+        "degrade_each": each,
+        "degrade_batch_16": together,
+    }
+
+
+def loader_rate(dataset, workers: int, rounds: int, batches: int = 6) -> float:
+    """Lines a second of whole batches of 16, once what the workers had made ahead is used up; median."""
+    measured, stream = [], make_loader(dataset, 16, workers=workers)
+    for _ in range(rounds):
+        for _ in range(1 + 2 * workers):
+            next(stream)
+        start = time.perf_counter()
+        for _ in range(batches):
+            next(stream)
+        measured.append(16 * batches / (time.perf_counter() - start))
+    return round(statistics.median(measured), 1)
+
+
+def loaders(folder: Path, lines: int, rounds: int) -> dict[str, float]:
+    """Batches ready for a network: from a pool and rendered on the fly."""
+    source = SyntheticLines(Alphabet.classroom(), SIZE)
+    pool = LinePool.build(folder / "pool", source, lines, degradations=2, workers=2)
+    return {
+        "loader_pool": loader_rate(pool, 0, rounds),
+        "loader_pool_2_workers": loader_rate(pool, 2, rounds),
+        "loader_synthetic_2_workers": loader_rate(source, 2, rounds),
+    }
+
+
+def idm_step_seconds(folder: Path, rounds: int) -> float:
+    """A training step of the classroom IDM at batch 16: latents, losses, gradients; median."""
+    model = DiffTSR.from_pretrained("classroom")
+    stage = IDMStage(IDMTraining(), model)
+    batch = next(make_loader(LinePool(folder / "pool"), 16))
+    generator, seconds = torch.Generator().manual_seed(0), []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        for loss, *_ in stage.losses(model, batch, generator):
+            loss.backward()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def latent_rate(batch: int = 16) -> Callable[[], int]:
+    """Lines a second through the encoder of the classroom VAE."""
+    vae = DiffTSR.from_pretrained("classroom").vae.eval()
+    x = torch.rand(batch, 3, *SIZE) * 2 - 1
+
+    def encode() -> int:
+        with torch.inference_mode():
+            vae.encode(x)
+        return batch
+
+    return encode
+
+
+def plan(core: dict[str, float], pool: float) -> dict[str, float]:
+    """Feeding GOAL lines a second from CORES cores: what each way of doing it takes, in cores or seconds."""
+    return {
+        "lines_a_second": GOAL,
+        "cores_to_render_and_degrade_each_line": round(GOAL / core["render"] + GOAL / core["degrade_each"], 1),
+        "cores_to_degrade_a_cached_pool_on_cpu": round(GOAL / core["degrade_each"], 1),
+        "cores_to_read_a_cached_pool": round(GOAL / pool, 2),
+        "hours_to_render_a_million_lines_on_16_cores": round(1e6 / core["render_varied"] / CORES / 3600, 2),
+        "gigabytes_of_a_million_canvases": round(1e6 * SIZE[0] * SIZE[1] * 3 / 1e9, 1),
+        "megabytes_a_second_to_the_device": round(GOAL * SIZE[0] * SIZE[1] * 3 / 1e6, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lines", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    threads = torch.get_num_threads()
+    described: dict = {"machine": machine(), "torch": torch.__version__, "rounds": options.rounds}
+    described["load_average_before"] = round(os.getloadavg()[0], 1)  # over the number of cores: others took part of it
+    with tempfile.TemporaryDirectory() as folder:
+        described["lines_a_second"] = loading = loaders(Path(folder), options.lines, options.rounds)
+        torch.set_num_threads(1)
+        cv2.setNumThreads(1)
+        core = rates(one_core(options.lines), options.rounds)
+        core |= rates({"vae_encode_16": latent_rate()}, 1)
+        described["lines_a_second_and_core"] = core
+        torch.set_num_threads(threads)
+        step = idm_step_seconds(Path(folder), 1)
+    described["idm_step_seconds_batch_16"] = round(step, 2)
+    described["pool_loader_share_of_an_idm_step"] = round(16 / loading["loader_pool"] / step, 4)
+    described["plan"] = plan(core, loading["loader_pool"])
+    text = json.dumps(described, indent=1)
+    print(text)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = options.output.with_suffix(".unfinished")
+        unfinished.write_text(text + "\n", encoding="utf-8")
+        unfinished.replace(options.output)
+
+
+if __name__ == "__main__":
+    main()
