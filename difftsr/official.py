@@ -403,7 +403,7 @@ def load_checkpoint(
         fresh = DiffTSR(model.config, model.alphabet)
         for name in model.untrained:
             setattr(model, name, getattr(fresh, name))
-    return model.eval()
+    return model.to(memory_format=torch.channels_last).eval()
 
 # %% ../notebooks/15_released_weights.ipynb #707b5a4d
 @dataclass

@@ -253,8 +253,8 @@ def sample(
         if solver != "ddim" or start != "noise":
             raise ValueError("released weights are sampled as released: solver 'ddim', start 'noise'")
         return reference_sample(
-            model, lr, steps=model.config.steps if steps is None else steps, mode=mode, eta=0.2 if eta is None else eta,
-            noise=LineNoise(seeds, device), text=text, trace=trace,
+            model, lr, steps=model.config.steps if steps is None else steps, eta=0.2 if eta is None else eta,
+            mode="baseline" if text is not None else mode, noise=LineNoise(seeds, device), text=text, trace=trace,
         )  # fmt: skip
     temperature = model.config.temperature if temperature is None else temperature
     if not 0 <= temperature <= 1:

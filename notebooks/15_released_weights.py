@@ -81,6 +81,8 @@ from difftsr.unet import UNet, UNetConfig
 from difftsr.vae import VAE, VAEConfig
 
 # %%
+import json
+import math
 import os
 import tempfile
 from types import SimpleNamespace
@@ -93,6 +95,7 @@ from PIL import Image
 from difftsr.degradation import to_canvas
 from difftsr.model import has_weights
 from difftsr.sampling import LineNoise, ddim_step, reference_timesteps, sample, timesteps
+from difftsr.tdm import MultinomialDiffusion
 from difftsr.text_lines import data_folder
 
 set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
@@ -633,7 +636,7 @@ def load_checkpoint(
         fresh = DiffTSR(model.config, model.alphabet)
         for name in model.untrained:
             setattr(model, name, getattr(fresh, name))
-    return model.eval()
+    return model.to(memory_format=torch.channels_last).eval()
 
 
 # %% [markdown]
@@ -707,11 +710,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 # %% [markdown]
-# ```bash
-# python -m difftsr.official DiffTSR.ckpt --alphabet diffusion_alphabet.txt --recognizer transocr.pth --output weights/paper --half
-# python -m difftsr.restore photo.png --weights weights/paper --mode baseline --steps 20 --output restored/
-# ```
-#
 # A file that holds only some of the networks (kl-f4, or one training step) becomes a folder with these networks alone, and `python -m difftsr.train --init` takes them from there.
 
 # %%
@@ -795,3 +793,130 @@ for ax, (name, picture) in zip(axes.flat, pictures.items()):
     ax.axis("off")
 plt.tight_layout()
 plt.show()
+
+
+# %% [markdown]
+# An unscaled condition is the habit that a network notices most: it has never seen latents five times too large. Starting from the noised $z_{LR}$ changes next to nothing, since at $t = 999$ the published schedule leaves 1 % of it. Leading times begin at 901, where pure noise does not belong, and leave a little of it at the end.
+#
+# The habit of the *text* cannot be seen in a picture. Take a TDM that is nearly sure of the right character (.99) where the reader wrote a wrong one, and ask how often the right one stands there in the end.
+
+# %%
+def corrected(S: int, real_t: bool, K: int = 2000, count: int = 300) -> float:
+    """Share of `count` wrong characters that end as the right one, told the real t or the index of the step."""
+    diffusion, noise = MultinomialDiffusion(K), LineNoise([S])
+    right, wrong = torch.zeros(1, count, dtype=torch.long), torch.ones(1, count, dtype=torch.long)
+    log_p0 = torch.full((1, K, count), 0.009 / (K - 2)).log()
+    log_p0[:, 0], log_p0[:, 1] = math.log(0.99), math.log(0.001)
+    times = timesteps(S, 1000) if real_t else list(range(S - 1, -1, -1))
+    c = noise.choose(diffusion.q_pred(diffusion.log_onehot(wrong), times[0])) if real_t else wrong
+    for t, s in zip(times, [*times[1:], -1]):
+        c = noise.choose(diffusion.posterior(log_p0, diffusion.log_onehot(c), t, s))
+    return float((c == right).float().mean())
+
+
+print("  S   real t   index of the step")
+for S in (5, 20, 100):
+    print(f"{S:3d}    {corrected(S, True):4.2f}      {corrected(S, False):4.2f}")
+
+# %% [markdown]
+# Told the index, the TDM lives in the first few of a thousand noise levels, where a character has hardly ever been replaced: *if it stands there, it must be right*. That is row 2 of the list in lesson 11, and the reason why a text diffusion that was trained with care changes almost nothing in the released sampler.
+#
+# ## 8. Proof
+#
+# How do we know that these networks are the published ones? Their authors' code was run once with random weights, and its inputs, weights and outputs were recorded. The tests compare every block, every network, every function of both diffusions, the sampling loop step by step in both modes, and the training losses with their gradients. Three of the recordings come with this project (`tests/parity`). This is how far off we are, in float32:
+
+# %%
+bench = json.loads((data_folder() / "benchmarks" / "official.json").read_text(encoding="utf-8"))
+print(f"{'recorded':28s} {'values up to':>12s} {'largest difference':>19s} {'tolerance':>10s}")
+for part in ("parity", "parity_paper_size"):
+    for name, row in bench.get(part, {}).get("fixtures", {}).items():
+        print(f"{name:28s} {row['largest_value']:12.2g} {row['largest_difference']:19.1e} {row['atol']:10.0e}")
+
+# %% [markdown]
+# A wrong epsilon in one norm would move a whole network by 1e-5 to 1e-4 only, and pass there; the single blocks, recorded with tiny inputs, catch it. That is why both are in the table.
+#
+# ## 9. The same numbers, sooner
+#
+# A U-Net call is 592 billion operations at the paper's size, and most of them are convolutions and matrix products that no trick removes. What can be had without changing the result:
+#
+# - **Fused attention**: scores and their softmax are never written to memory. 4096 positions attend to each other in the VAE; its score matrix alone has 17 million numbers.
+# - **Channels last**: the order in which convolutions like their numbers.
+# - **What stands still is computed once**: with a fixed text MoM's answer does not change, nor do the keys and values of its characters (`UNet.fixed_text`), and I_cond reaches nobody.
+# - **A batch**: the weights of the deepest levels are read once for all candidates or lines; `restore(..., candidates=4)` is one batch. Its time is counted per line.
+#
+# Both sides were measured in turns, in the same run, in processor seconds, on the machine named below; the plain side is the specification read literally (explicit softmax, contiguous layout, one line at a time).
+
+# %%
+speeds = {part.removeprefix("speed_"): row for part, row in bench.items() if part.startswith("speed_")}
+labels = {
+    "unet": "U-Net call", "unet_4_lines": "U-Net, 4 lines", "vae_encode": "VAE encode", "vae_decode": "VAE decode",
+}  # fmt: skip
+fig, ax = plt.subplots(figsize=(8, 2.8), dpi=80)
+for k, (name, row) in enumerate(sorted(speeds.items())):
+    places = [i + 0.4 * k - 0.2 for i in range(len(labels))]
+    ax.barh(places, [row["ratios"].get(what, 0) for what in labels], 0.38, label=f"{name} ({row['machine']})")
+ax.set_yticks(range(len(labels)), labels.values())
+ax.axvline(1, color="0.5", lw=0.8)
+ax.set(xlabel="times faster than the plain formulation", xlim=(0, None))
+ax.invert_yaxis()
+ax.legend(fontsize=7)
+plt.tight_layout()
+plt.show()
+for name, row in sorted(speeds.items()):
+    ratio = row["ratios"]["joint_over_fixed_text"]
+    print(f"{name}: a step of both diffusions takes {ratio:.2f} times one of a fixed text")
+
+# %% [markdown]
+# So at the paper's size little is left to gain without changing the arithmetic: convolutions and matrix products are nine tenths of the time, and both formulations hand the same ones to the same library. The classroom's small network gains more, most of all from a batch.
+#
+# The paper says that its Baseline is about twice as fast as the full model. At the paper's size on a CPU the U-Net is so large that TDM and MoM hardly count; with the classroom's small U-Net the factor of two is there.
+#
+# ## 10. Training at this size
+#
+# `preset("paper")` with the stages' `paper()` settings is the complete configuration. One optimisation step of a stage, one line a batch, AdamW, float32, gradient checkpointing in the U-Net:
+
+# %%
+print(f"{'stage':12s} {'parameters':>12s} {'activations':>12s} {'peak memory':>12s} {'forward':>9s} {'step':>9s}")
+for name, row in bench.items():
+    if name.startswith("train_"):
+        print(f"{name.removeprefix('train_').replace('_', ' '):22s} {row['parameters']:12,d} "
+              f"{row['activations_gb']:7.2f} GB {row['peak_gb']:7.1f} GB {row['seconds_forward']:8.1f} s "
+              f"{row['seconds_step']:8.1f} s")  # fmt: skip
+print(f"({bench['train_tdm']['machine']}, shared with other work)")
+
+# %% [markdown]
+# The arithmetic behind the peak: parameters, gradients and AdamW's two moments are four times the network, 14 GB for the U-Net's 874 million; that stage is missing in the table, because the machine that measured the others had too little memory free (`python tests/bench_official.py train idm` measures it on yours). Checkpointing trades activations for a second forward pass.
+#
+# ## 11. If you have the files
+#
+# ```bash
+# pip install "difftsr[released]"       # zhconv, for traditional characters
+# python -m difftsr.official DiffTSR.ckpt --alphabet ALPHABET.txt --recognizer transocr.pth --output weights/paper --half
+# python -m difftsr.restore photo.png --weights weights/paper --mode baseline --steps 20 --output restored/
+# ```
+#
+# The two tables of characters should lie side by side (the recogniser's is found by its 7,934 characters), or be named with `--reader-alphabet`. `--mode baseline` is what the released script does by default; `--mode full` is its `general=False`.
+
+# %%
+row = bench["convert"]
+print(f"checkpoint {row['checkpoint_gb']} GB; peak memory of the conversion {row['whole']['peak_gb']} GB, "
+      f"with --half {row['half']['peak_gb']} GB; folder {row['whole']['folder_gb']} or {row['half']['folder_gb']} GB")
+
+# %% [markdown]
+# ## Summary
+#
+# - A network is its arithmetic and its key names. The published networks are our classes at other settings, and the settings have names.
+# - Filling a network is strict, or it is a guess; a good error says what is missing, what is too much, and what the file is instead.
+# - A checkpoint is a program. `weights_only=True` runs none; harmless names of a framework get classes that do nothing.
+# - An alphabet belongs to the weights like a layer: UTF-8, and as many characters as the weights have classes.
+# - Habits of a sampler belong to the weights too. They have one place, `reference_sample`, and are off everywhere else.
+#
+# ## Exercises
+#
+# 1. Change one epsilon in a copy of `ResBlock` and run `pytest tests/test_unet.py`: which tests notice, and which do not?
+# 2. Write a `Layout` for a file of your own, and let `published_parts` read it.
+# 3. Give `habitual` another number of steps. Which habit costs most with few steps, and which with many?
+#
+# ## Where to go next
+#
+# Lesson 16 makes our own model faster: fewer steps, reduced precision, and what each costs.
