@@ -324,7 +324,7 @@ def difftsr_restorer(config: "EvaluateConfig", settings: str = "") -> Restorer:
     return Restorer(f"difftsr:{settings}" if settings else "difftsr", run, identity)
 
 # %% ../notebooks/14_report.ipynb #1a556bee
-def folder_restorer(config: "EvaluateConfig", folder: str, name: str = "") -> Restorer:
+def folder_restorer(config: "EvaluateConfig", folder: str) -> Restorer:
     """Pictures that lie in a folder already, found by the file name of the line, whatever their ending."""
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: there is no such folder of restored lines")
@@ -335,7 +335,7 @@ def folder_restorer(config: "EvaluateConfig", folder: str, name: str = "") -> Re
         path = pictures.get(str(Path(line.name).with_suffix(""))) or pictures.get(Path(line.name).stem)
         return None if path is None else Image.open(path).convert("RGB")
 
-    return Restorer(name or f"folder:{folder}", run)
+    return Restorer(f"folder:{folder}", run)
 
 
 def released_restorer(config: "EvaluateConfig") -> Restorer:
@@ -738,17 +738,21 @@ class EvaluateConfig:
 ROWS = ("input", "difftsr", BASELINE, NO_TEXT, "animevideov3", "x4plus", "released", "hr")
 
 
-def read_set(config: EvaluateConfig) -> list[LabelledLine]:
-    """The lines of the set whose pictures can be restored; the others are named on stderr. `ValueError` without any."""
+def read_set(config: EvaluateConfig) -> tuple[list[LabelledLine], list[str]]:
+    """The lines of the set whose pictures can be restored, and the names of the others, each said on stderr.
+
+    `ValueError` where there is no set, or no line in it.
+    """
     folder = config.set_folder()
     if not (folder / "labels.tsv").is_file():
         raise ValueError(f"{folder}: no set of lines; a folder with labels.tsv (columns file and text) is needed")
-    lines = []
+    lines, refused = [], []
     for line in labelled(folder):
         try:
             line.image, line.target  # noqa: B018 (opened here, so that a bad picture is found before the work)
             lines.append(line)
         except ValueError as error:
+            refused.append(line.name)
             print(f"difftsr.evaluate: left out: {error}", file=sys.stderr)
     if not lines:
         raise ValueError(f"{folder}: none of its pictures is a line that can be restored")
@@ -756,7 +760,7 @@ def read_set(config: EvaluateConfig) -> list[LabelledLine]:
         texts = list(dict.fromkeys(line.text_id for line in lines))
         chosen = {texts[i * len(texts) // min(10, len(texts))] for i in range(min(10, len(texts)))}
         lines = [line for line in lines if line.text_id in chosen]
-    return lines
+    return lines, refused
 
 
 def choose_judges(config: EvaluateConfig) -> dict[str, Judge]:
@@ -795,12 +799,13 @@ def choose_restorers(config: EvaluateConfig, lines: Sequence[LabelledLine]) -> l
     return restorers
 
 # %% ../notebooks/14_report.ipynb #13711bee
-def collect(config: EvaluateConfig) -> tuple[list[dict], dict, list[Restorer], dict[str, Judge]]:
+def collect(
+    config: EvaluateConfig, lines: Sequence[LabelledLine]
+) -> tuple[list[dict], dict, list[Restorer], dict[str, Judge]]:
     """Restore and score every line with every restorer: (records, features, restorers, judges).
 
     A record holds one line of one restorer; a `ValueError` of a restorer costs that line alone and is said on stderr.
     """
-    lines = read_set(config)
     restorers = choose_restorers(config, lines)
     folder = config.cache or cache_root()
     failed: set[tuple[str, str]] = set()
@@ -847,7 +852,8 @@ def machine() -> str:
 def evaluate(config: EvaluateConfig) -> dict:
     """Measure a set; write report.md, report.json, figures.png and contact sheets; return the report."""
     started = time.perf_counter()
-    records, features, restorers, judges = collect(config)
+    lines, refused = read_set(config)
+    records, features, restorers, judges = collect(config, lines)
     names = list(metrics(list(judges)))
     rows = figures(records, [name for name in names if name != "afd"])
     rows += frechet_figures(records, features) + recall_figures(records, list(judges))
@@ -858,6 +864,7 @@ def evaluate(config: EvaluateConfig) -> dict:
         "steps": config.steps, "mode": config.mode, "seed": config.seed, "machine": machine(),
         "judges": {key: f"{judge.name} ({judge.version})" for key, judge in judges.items()},
         "not_asked": {key: sum(f"ned_{key}" not in record for record in by_name["input"]) for key in judges},
+        "left_out": refused,
         "restorers": [restorer.name for restorer in restorers],
         "labels": {name: label for label, name in ablations().items()} if config.ablate else {},
         "figures": rows, "gains": gains, "bars": judge_bars(rows, list(judges)), "lines": records,
@@ -940,8 +947,9 @@ def report_text(report: dict, sheets: Sequence[str]) -> str:
         "Means over lines; in brackets the 95 % interval of a bootstrap over texts (AFD: twice its standard error). "
         "`input` is the damaged line as it is (bicubic where pixels are compared), `hr` the sharp line. Judges: "
         f"{', '.join(report['judges'].values())}; lines with characters that a judge cannot write, on which it was not "
-        f"asked: {unasked}. Seconds: {report['machine']}, one line at a time, as measured when each was made; peak MB "
-        "is that of the whole process.",
+        f"asked: {unasked}. Left out, because no line of text that a restoration accepts: "
+        f"{', '.join(report['left_out']) or 'none'}. Seconds: {report['machine']}, one line at a time, as measured "
+        "when each was made; peak MB is that of the whole process.",
         markdown(*main_table(report)),
         "![figures by slice](figures.png)",
         "## Bars" if report["bars"] else "",
@@ -992,7 +1000,7 @@ def plot_slices(report: dict, path: Path) -> None:
         metric = metrics(list(report["judges"]))[name]
         for number, restorer in enumerate(report["restorers"]):
             own = {row["slice"]: row for row in rows if row["restorer"] == restorer and row["metric"] == name}
-            if not own:
+            if not own or (name == "psnr" and restorer == "hr"):  # equal pictures have no PSNR to draw
                 continue
             places = [i + 0.04 * (number - len(report["restorers"]) / 2) for i, v in enumerate(values) if v in own]
             found_rows = [own[v] for v in values if v in own]
@@ -1004,8 +1012,6 @@ def plot_slices(report: dict, path: Path) -> None:
             )  # fmt: skip
         panel.set_title(f"{metric.label} ({'higher' if metric.higher else 'lower'} is better)", fontsize=9)
         panel.set_xticks(range(len(values)), values, fontsize=8)
-        if name == "psnr":
-            panel.set_ylim(top=min(panel.get_ylim()[1], 40))  # the sharp line itself is off the scale
     for panel in panels[len(wanted) :]:
         panel.axis("off")
     handles, labels = panels[0].get_legend_handles_labels()

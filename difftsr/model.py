@@ -268,7 +268,8 @@ class DiffTSR(nn.Module):
                     save_network(network, complete.enter_context(written_whole(folder / f"{name}.safetensors")), half)
             shared = [value for key, value in self.state_dict().items() if is_glyphs(key)]
             if shared:
-                save_file({"glyphs": shared[0].cpu().contiguous()}, complete.enter_context(written_whole(folder / GLYPHS)))
+                glyphs = {"glyphs": shared[0].cpu().contiguous()}
+                save_file(glyphs, complete.enter_context(written_whole(folder / GLYPHS)))
         characters = None if self.alphabet is None else self.alphabet.characters
         about = dict(format=1, untrained=self.untrained, alphabet=characters, config=asdict(self.config))
         if self.reader_alphabet is not None:
