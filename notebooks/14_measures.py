@@ -388,7 +388,7 @@ texts = ["停车场入口", "药店24小时", "水果蔬菜", "OPEN DAILY", "自
 truth = [line(text, seed=n) for n, text in enumerate(texts)]
 shuffled = truth[1:] + truth[:1]
 sets = [np.concatenate([window_features(picture) for picture in pictures]) for pictures in (truth, shuffled)]
-show({texts[0]: truth[0], "its restoration, says AFD": shuffled[0]})
+show({"the first line": truth[0], "its restoration, says AFD": shuffled[0]})
 assert frechet_distance(*sets) < 1e-6 and ned(texts[1], texts[0]) == 0
 
 
@@ -399,7 +399,7 @@ assert frechet_distance(*sets) < 1e-6 and ned(texts[1], texts[0]) == 0
 # another school, at home on clean print. They read a line as it is: no detection, no rotation. None has any part in
 # training, in choosing weights or in the restoration itself.
 #
-# A judge cannot write a character that it does not know. Asking PP-OCRv4 about `龘` measures its dictionary, not the
+# A judge cannot write a character that it does not know. Asking PP-OCRv4 about `囧` measures its dictionary, not the
 # picture, so it is not asked: `knows` says whether a text lies inside a judge's characters.
 
 # %%
@@ -515,7 +515,7 @@ JUDGES = {"v6": lambda: PPOCR("v6"), "v4": lambda: PPOCR("v4"), "tesseract": Tes
 # %%
 judge = PPOCR("v6")
 clear, unclear = judge(sharp), judge(blurred(sharp, 25))
-print("clear:", clear[0], "  knows 龘:", knows(judge, "龘"), "  its v4 elder:", knows(PPOCR("v4"), "龘"))
+print("clear:", clear[0], "  knows 囧:", knows(judge, "囧"), "  its v4 elder:", knows(PPOCR("v4"), "囧"))
 assert accuracy(clear[0], "药店24小时") and ned(unclear[0], "药店24小时") < 1
 
 # %% [markdown]
