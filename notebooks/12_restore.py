@@ -167,14 +167,14 @@ assert all(to_rgb(file).size == line.size and to_rgb(file).mode == "RGB" for fil
 def check_size(width: int, height: int) -> None:
     """Raise a `ValueError` that says what is allowed, unless the size is that of a line of text.
 
-    A small picture of a line at the limit may exceed it by rounding: half a pixel on each side is let pass.
+    A small picture of a line at the limit may exceed it by rounding: one pixel along each side is let pass.
     """
     low, high = RATIO
     if min(width, height) < MIN_SIDE:
         raise ValueError(f"too small: {width} x {height} pixels; both sides must have at least {MIN_SIDE}")
-    if width + 0.5 < low * (height - 0.5):
+    if width + 1 < low * (height - 1):
         raise ValueError(f"too tall: {width} x {height} pixels; a line is {low} to {high} times as wide as high")
-    if width - 0.5 > high * (height + 0.5):
+    if width - 1 > high * (height + 1):
         raise ValueError(f"too long: {width} x {height} pixels; a line is {low} to {high} times as wide as high")
 
 

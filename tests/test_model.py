@@ -215,13 +215,14 @@ def test_an_interrupted_save_leaves_the_old_weights_whole(tiny, saved, monkeypat
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     written = []
 
-    def fails_at_the_third(tensors, path):
+    def fails_at_the_third(network, path, half):
         written.append(path)
         if len(written) == 3:
             raise OSError("no space left on device")
-        save_file(tensors, path)
+        write(network, path, half)
 
-    monkeypatch.setattr(module, "save_file", fails_at_the_third)
+    write = module.save_network
+    monkeypatch.setattr(module, "save_network", fails_at_the_third)
     changed = DiffTSR(replace(tiny.config, steps=7))
     with pytest.raises(OSError, match="no space"):
         changed.save(saved)
