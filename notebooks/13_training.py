@@ -60,10 +60,13 @@ if os.path.dirname(os.getcwd()) not in sys.path:
 # %%
 #| export
 import copy
+import hashlib
 import itertools
 import json
 import math
+import pickle
 import platform
+import random
 import signal
 import sys
 import time
@@ -189,7 +192,8 @@ class TrainConfig:
     data: str = "synthetic"  # "synthetic", "pool:PATH", "lmdb:PATH" or "pairs:PATH"
     steps: int | None = None  # optimisation steps; default 20000 where --minutes is not given
     minutes: float | None = None  # stop after so many minutes; the learning rate follows the clock
-    batch_size: int | None = None  # lines a step and process; default from the stage
+    batch_size: int | None = None  # lines of a share: what one process takes at once; default from the stage
+    accumulate: int = 1  # shares that a process takes for one step
     learning_rate: float | None = None  # default from the stage
     init: str | None = None  # weights to start from: a name or a folder (no optimizer state)
     resume: bool = False  # go on from the newest checkpoint of this stage in the output folder
@@ -298,6 +302,19 @@ assert curve[0] < 0.05 and max(curve) > 0.98 and curve[-1] < 0.03
 # With `accelerate launch`, each process has its own batch, and the gradients are averaged before the step: then all of
 # them take the same step. PyTorch's DDP does it inside a wrapper around the network, which hides the network's own
 # methods. Our stages call many of those (`encode`, `read`, `context`), so the average is taken here, in the open.
+#
+# Two processes must take the same step as one that does the work of both. So a step is cut into *shares*, numbered
+# through the whole run: share $k$ takes the $k$-th slice of the data, and its noise comes from a generator that is set
+# from the seed and $k$ alone. One process with `--accumulate 2` takes shares 0 and 1 one after the other, two
+# processes side by side; either way the same gradients are averaged. (A loss that averages over something other than
+# lines, like the recogniser's over characters, is averaged share by share.) Resuming needs no more than $k$.
+
+# %%
+#| export
+def share_seed(seed: int, share: int) -> int:
+    """The seed of one share's generator: well mixed, and a function of the run's seed and of the share alone."""
+    return int(np.random.SeedSequence([seed, share]).generate_state(1)[0])
+
 
 # %%
 #| export
@@ -347,10 +364,18 @@ class CachedLatents(Dataset):
 
     @classmethod
     @torch.inference_mode()
-    def build(cls, folder: Path, model: DiffTSR, dataset: Dataset, count: int, seed: int) -> "CachedLatents":
-        """Encode `count` lines into `folder`, or take what lies there from an earlier run with the same count."""
-        if (folder / "done.json").exists() and json.loads((folder / "done.json").read_text())["count"] == count:
+    def build(
+        cls, folder: Path, model: DiffTSR, dataset: Dataset, count: int, seed: int, *, data: str = ""
+    ) -> "CachedLatents":
+        """Encode `count` lines into `folder`, or take what lies there if it is of the same lines and the same weights.
+
+        `data` is the name of the source. Latents of other weights would be silently wrong, so these are compared too.
+        """
+        key = {"count": count, "seed": seed, "data": data, "weights": fingerprint(model.vae, model.recognizer)}
+        done = folder / "done.json"
+        if done.exists() and json.loads(done.read_text(encoding="utf-8")) == key:
             return cls(folder)
+        done.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, np.ndarray] = {}
         device, batch_size, at = next(model.parameters()).device, 32, 0
@@ -379,8 +404,17 @@ class CachedLatents(Dataset):
                     break
         for array in arrays.values():
             array.flush()
-        write_json(folder / "done.json", {"count": count})
+        write_json(done, key)
         return cls(folder)
+
+
+def fingerprint(*networks: nn.Module) -> str:
+    """A short hash of every weight and buffer."""
+    digest = hashlib.sha256()
+    for network in networks:
+        for name, tensor in network.state_dict().items():
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 # %%
@@ -400,9 +434,9 @@ def latent_batches(
 # %% [markdown]
 # ## Checkpoints
 #
-# A checkpoint holds weights, averages, optimizers, the step, the state of the random generators and the history. It is
-# written under a temporary name and moved: a half-written one is never found. The place in the data needs no storing,
-# because batch number k is a function of the seed and of k.
+# A checkpoint holds weights, averages, optimizers, the step and the history. It is written under a temporary name and
+# moved: a half-written one is never found. The place in the data and the random generators need no storing: what
+# share k sees, and the noise it draws, are functions of the seed and of k.
 
 # %%
 #| export
@@ -422,6 +456,19 @@ def save_checkpoint(folder: Path, state: dict, keep: int) -> Path:
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a stage, oldest first."""
     return sorted(folder.glob("step-*.pt"))
+
+
+def newest_checkpoint(folder: Path, device: torch.device, say=print) -> dict | None:
+    """The newest checkpoint of a stage that can be read; one that the disk has damaged is named and passed over."""
+    for file in reversed(checkpoints(folder)):
+        try:
+            state = torch.load(file, map_location=device, weights_only=True)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            say(f"{file}: damaged ({str(error).splitlines()[0]}), the one before it is taken")
+            continue
+        say(f"goes on from {file} at step {state['step']}")
+        return state
+    return None
 
 
 # %% [markdown]
@@ -496,7 +543,7 @@ class StopRequest:
     """Turns SIGTERM and Ctrl-C into a polite end: the loop writes a checkpoint and leaves. A second one kills."""
 
     def __init__(self):
-        self.asked = False
+        self.asked = 0  # the number of the signal
 
     def __enter__(self) -> "StopRequest":
         self.before = {}
@@ -508,7 +555,7 @@ class StopRequest:
         return self
 
     def ask(self, number, frame) -> None:
-        self.asked = True
+        self.asked = number
         for which, handler in self.before.items():
             signal.signal(which, handler)
 
@@ -528,7 +575,7 @@ def train_stage(config: TrainConfig, stage_name: str, model: DiffTSR | None = No
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available())
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     say = (tqdm.write if config.bar else print) if accelerator.is_main_process else (lambda text: None)
-    set_seed(config.seed + rank)
+    set_seed(config.seed)  # every process begins with the same weights
     run = config.folder()
     run.mkdir(parents=True, exist_ok=True)
     if model is None:
@@ -545,15 +592,15 @@ def train_stage(config: TrainConfig, stage_name: str, model: DiffTSR | None = No
     optimizers = {name: accelerator.prepare(opt) for name, opt in stage.optimizers(model).items()}
     base_rates = {name: [group["lr"] for group in opt.param_groups] for name, opt in optimizers.items()}
     ema = EMA(trained, config.ema)
-    generator = torch.Generator(device).manual_seed(config.seed * 1000 + rank)
+    generator = torch.Generator(device)
 
     size, batch_size = model.config.image_size, settings.batch_size
+    lines_a_step = batch_size * config.accumulate * world
     total = config.steps or (None if config.minutes else 20_000)
     step, seconds, history = 0, 0.0, {}
     checkpoint_folder = run / "checkpoints" / stage_name
-    if config.resume and checkpoints(checkpoint_folder):
-        file = checkpoints(checkpoint_folder)[-1]
-        state = torch.load(file, map_location=device, weights_only=True)
+    state = newest_checkpoint(checkpoint_folder, device, say) if config.resume else None
+    if state is not None:
         for name in trained:
             trained[name].load_state_dict(state["networks"][name])
             ema.networks[name].load_state_dict(state["ema"][name])
@@ -561,19 +608,18 @@ def train_stage(config: TrainConfig, stage_name: str, model: DiffTSR | None = No
             net.load_state_dict(state["auxiliary"][name])
         for name, opt in optimizers.items():
             opt.load_state_dict(state["optimizers"][name])
-        generator.set_state(state["generators"][rank].cpu())
-        torch.set_rng_state(state["torch_rng"].cpu())
         step, seconds, history = state["step"], state["seconds"], state["history"]
-        say(f"{stage_name}: goes on from {file} at step {step}")
 
     dataset = open_source(config.data, model.alphabet, size, seed=config.seed)
     if config.cache and STAGES[stage_name].seen == "latents":
-        cache = CachedLatents.build(run / "cache", model, dataset, config.cache, config.seed)
-        batches = latent_batches(cache, batch_size, config.seed, step, rank, world)
+        with accelerator.main_process_first():
+            cache = CachedLatents.build(run / "cache", model, dataset, config.cache, config.seed, data=config.data)
+        batches = latent_batches(cache, batch_size, config.seed, step * config.accumulate, rank, world)
     else:
         batches = make_loader(
-            dataset, batch_size, seed=config.seed, workers=config.workers, start=step, rank=rank, world=world
-        )
+            dataset, batch_size, seed=config.seed, workers=config.workers, start=step * config.accumulate,
+            rank=rank, world=world,
+        )  # fmt: skip
 
     def save() -> None:
         if accelerator.is_main_process:
@@ -583,7 +629,6 @@ def train_stage(config: TrainConfig, stage_name: str, model: DiffTSR | None = No
                 "ema": {name: net.state_dict() for name, net in ema.networks.items()},
                 "auxiliary": {name: net.state_dict() for name, net in auxiliary.items()},
                 "optimizers": {name: opt.state_dict() for name, opt in optimizers.items()},
-                "generators": [generator.get_state()] * world, "torch_rng": torch.get_rng_state(),
             }  # fmt: skip
             save_checkpoint(checkpoint_folder, state, config.keep)
 
@@ -594,49 +639,57 @@ def train_stage(config: TrainConfig, stage_name: str, model: DiffTSR | None = No
     silent = not (config.bar and accelerator.is_main_process)
     bar = tqdm(total=total, initial=step, desc=stage_name, unit="step", disable=silent)
     with StopRequest() as stop, bar:
-        while not stop.asked:
-            seconds = time.monotonic() - started
+        while True:
+            # every process must leave at the same step, and a clock and a signal are each process's own
+            seconds, asked = agreed(accelerator, time.monotonic() - started, stop.asked)
+            if asked:
+                break
             progress = seconds / 60 / config.minutes if config.minutes else 0.0
             progress = max(progress, step / total if total else 0.0)
             if progress >= 1:
                 break
             stage.progress = progress
-            batch = to_device(next(batches), device)
             factor = rate(progress, step, config)
             for name, opt in optimizers.items():
                 for group, base in zip(opt.param_groups, base_rates[name], strict=True):
                     group["lr"] = base * factor
-            with accelerator.autocast():
-                for loss, name, logs in stage.losses(model, batch, generator):
-                    if not torch.isfinite(loss):
-                        torch.save(batch_for_inspection(batch), run / f"{stage_name}-bad-batch.pt")
-                        raise FloatingPointError(
-                            f"{stage_name}: loss {loss.item()} at step {step}; the batch is in "
-                            f"{run / (stage_name + '-bad-batch.pt')}"
-                        )
-                    accelerator.backward(loss)
-                    reduce_gradients(accelerator, parameters[name])
-                    norm = accelerator.clip_grad_norm_(parameters[name], config.clip)
-                    optimizers[name].step()
-                    optimizers[name].zero_grad(set_to_none=True)
-                    average(shown, {"loss" if name in trained else name: loss.detach(), "norm": norm, **logs})
+            used = set()
+            for turn in range(config.accumulate):
+                share = (step * config.accumulate + turn) * world + rank
+                set_generators(share_seed(config.seed, share), generator)
+                batch = to_device(next(batches), device)
+                with accelerator.autocast():
+                    for loss, name, logs in stage.losses(model, batch, generator):
+                        if not torch.isfinite(loss):
+                            file = run / f"{stage_name}-bad-batch.pt"
+                            torch.save(batch_for_inspection(batch), file)
+                            raise FloatingPointError(
+                                f"{stage_name}: loss {loss.item()} at step {step}; the batch is in {file}"
+                            )
+                        accelerator.backward(loss / config.accumulate)
+                        used.add(name)
+                        average(shown, {"loss" if name in trained else name: loss.detach(), **logs})
+            for name in sorted(used):
+                reduce_gradients(accelerator, parameters[name])
+                average(shown, {"norm": accelerator.clip_grad_norm_(parameters[name], config.clip)})
+                optimizers[name].step()
+                optimizers[name].zero_grad(set_to_none=True)
             ema.update(trained, step)
             step += 1
             bar.update()
             if step % 20 == 0 or step == total:
                 numbers = {key: float(value) for key, value in shown.items()}
-                pace = (step - first_step) * batch_size * world / (time.monotonic() - started - first_seconds)
-                lines = step * batch_size * world
-                record(history, {"step": step, "seconds": round(seconds, 2), "lines": lines, **numbers})
+                pace = (step - first_step) * lines_a_step / (time.monotonic() - started - first_seconds)
+                record(history, {"step": step, "seconds": round(seconds, 2), "lines": step * lines_a_step, **numbers})
                 left = {"minutes left": f"{config.minutes - seconds / 60:.1f}"} if config.minutes else {}
                 bar.set_postfix({"loss": f"{numbers['loss']:.4f}", "lines/s": f"{pace:.1f}", **left})
             if step % config.checkpoint_every == 0:
                 save()
     seconds = time.monotonic() - started
     save()
-    if stop.asked:
+    if asked:
         say(f"{stage_name}: stopped at step {step}; --resume goes on")
-        return history
+        raise SystemExit(128 + asked)
     for name, averaged in ema.networks.items():
         trained[name].load_state_dict(averaged.state_dict())
     model.eval().requires_grad_(False)
@@ -653,6 +706,23 @@ def train_stage(config: TrainConfig, stage_name: str, model: DiffTSR | None = No
 
 # %%
 #| export
+def agreed(accelerator: Accelerator, seconds: float, asked: int) -> tuple[float, int]:
+    """The longest time that any process has spent, and the number of a signal that any of them has received."""
+    if accelerator.num_processes == 1:
+        return seconds, asked
+    mine = torch.tensor([[seconds, asked]], dtype=torch.float64, device=accelerator.device)
+    longest = accelerator.gather(mine).amax(0)
+    return float(longest[0]), int(longest[1])
+
+
+def set_generators(seed: int, generator: torch.Generator) -> None:
+    """Set every source of random numbers: the stage's own, and those of Python, numpy and torch (dropout)."""
+    generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def to_device(batch: dict, device: torch.device) -> dict:
     """Every tensor (and reading) of a batch on `device`."""
     return {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
@@ -818,7 +888,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(report(config.report))
         else:
             train(config)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, ModuleNotFoundError) as error:
         print(f"difftsr.train: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,8 +1,10 @@
 """The training loop: resume, averages, settings, starting weights, and the command line in a fresh process."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -16,6 +18,7 @@ from difftsr.train import (
     TrainConfig,
     checkpoints,
     latent_batches,
+    newest_checkpoint,
     rate,
     stage_settings,
     starting_model,
@@ -64,6 +67,16 @@ def test_a_cut_run_resumes_bit_for_bit(trained, tmp_path, stage):
     for kind in ("networks", "ema"):
         for name, tensor in a[kind][stage].items():
             assert torch.equal(tensor, b[kind][stage][name]), name
+
+
+def test_a_damaged_checkpoint_is_passed_over(trained, tmp_path):
+    whole = TrainConfig("recognizer", output=tmp_path, steps=4, **TINY)
+    train_stage(whole, "recognizer")
+    folder, said = tmp_path / "checkpoints" / "recognizer", []
+    last = checkpoints(folder)[-1]
+    last.write_bytes(last.read_bytes()[:5000])
+    state = newest_checkpoint(folder, torch.device("cpu"), said.append)
+    assert state["step"] == 2 and last.name in said[0] and "damaged" in said[0]
 
 
 def test_a_half_written_checkpoint_is_never_found(tmp_path):
@@ -127,6 +140,10 @@ def test_cached_latents_equal_what_the_encoders_say(trained, tmp_path):
         assert torch.allclose(cached["z_lr"], model.vae.to_latent(batch["lr"]), atol=2e-2)
         assert torch.equal(cached["reading"].best, model.recognizer.read(batch["lr"]).best)
     assert torch.equal(cached["tokens"], batch["tokens"])
+    with torch.no_grad():
+        model.vae.encoder.conv_in.weight.mul_(1.5)  # other weights: what lies there is of no use
+    again = CachedLatents.build(tmp_path, model, source, 32, seed=5).batch(np.arange(32))
+    assert not torch.equal(again["z_lr"], cached["z_lr"])
     ranks = [next(latent_batches(cache, 4, seed=0, rank=rank, world=2))["tokens"] for rank in range(2)]
     assert not torch.equal(*ranks)
 
@@ -134,6 +151,51 @@ def test_cached_latents_equal_what_the_encoders_say(trained, tmp_path):
 def run(*arguments, cwd):
     command = [sys.executable, "-m", "difftsr.train", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("stage", ["idm", "tdm"])
+def test_two_processes_take_the_steps_of_one_that_accumulates(trained, tmp_path, stage):
+    common = ["--stage", stage, "--preset", "tiny", "--steps", "4", "--batch-size", "4", "--warmup", "1", "--no-bar"]
+    common += ["--init", str(trained / "weights")]
+    one = run(*common, "--accumulate", "2", "--output", "one", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    # on a CPU `accelerate launch --num_processes 2` starts a single process unless MPI is there; torchrun starts two
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    command = [*launch, "-m", "difftsr.train", *common, "--output", "two"]
+    two = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert two.returncode == 0, two.stderr
+    states = [newest(tmp_path / name, stage) for name in ("one", "two")]
+    assert [state["history"]["lines"] for state in states] == [[32], [32]]
+    a, b = (state["networks"][stage] for state in states)
+    start = DiffTSR.from_pretrained(trained / "weights").networks()[stage].state_dict()
+    moved = max((a[key] - start[key]).abs().max().item() for key in a if a[key].is_floating_point())
+    apart = max((a[key] - b[key]).abs().max().item() for key in a if a[key].is_floating_point())
+    print(f"{stage}: the weights moved by {moved:.1e}, the two runs differ by {apart:.1e}")
+    assert moved > 1e-4 and apart < 0.02 * moved
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, number):
+    common = ["--stage", "recognizer", "--preset", "tiny", "--steps", "30", "--batch-size", "4", "--no-bar"]
+    common += ["--checkpoint-every", "5", "--keep", "100"]
+    whole = run(*common, "--output", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    command = [sys.executable, "-m", "difftsr.train", *common, "--output", "cut"]
+    folder = tmp_path / "cut" / "checkpoints" / "recognizer"
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not checkpoints(folder) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait() == (128 + number if number == signal.SIGTERM else -number)
+    assert newest(tmp_path / "cut", "recognizer")["step"] < 30
+    done = run(*common, "--output", "cut", "--resume", cwd=tmp_path)
+    assert done.returncode == 0 and "goes on from" in done.stdout, done.stderr
+    a, b = (newest(tmp_path / name, "recognizer") for name in ("whole", "cut"))
+    assert a["step"] == b["step"] == 30
+    for kind in ("networks", "ema"):
+        for name, tensor in a[kind]["recognizer"].items():
+            assert torch.equal(tensor, b[kind]["recognizer"][name]), name
 
 
 def test_the_command_line_trains_in_a_fresh_process(tmp_path):
