@@ -638,8 +638,8 @@ ABLATIONS = {
     "from noised LR, .5": "start=lr,strength=.5",
     "DPM-Solver++": "solver=dpm",
     "ancestral": "eta=1.0",
-    "gate on": "gate=True",
-    "gate off": "gate=False",
+    "gate on": "do_no_harm=True",
+    "gate off": "do_no_harm=False",
     "PP-OCR reader": "reader=ppocr",
 }
 

@@ -214,7 +214,8 @@ for kind, i, i_end, j, j_end in SequenceMatcher(None, before, after, autojunk=Fa
 # | the reading | keep |
 # | --- | --- |
 # | changed, and $p_x \geq 0.9$: the input was clear | $a = 0$ |
-# | changed, and $p_y < p_x + 0.15$: not much surer than before | $a = 0$ |
+# | changed, $p_x \geq 0.5$, and $p_y < p_x + 0.15$: not much surer than before | $a = 0$ |
+# | changed, and $p_y < 0.15$: nobody can read it | $a = 0$ |
 # | the mismatch of its columns is over the limit | $a = 0$ |
 # | unchanged, but $p_y < p_x - 0.05$: less legible | $a = 1/2$ |
 # | otherwise | $a = 1$ |
@@ -228,7 +229,8 @@ class GateConfig:
     """Thresholds of the gate. They are chosen on `data/eval/dev`, and saved with the weights they belong to."""
 
     certain: float = 0.90  # a reading of the input that may not be changed
-    surer: float = 0.15  # by so much a changed reading must be more certain
+    unsure: float = 0.50  # below this a reading of the input is worth nothing, and may be changed
+    surer: float = 0.15  # by so much a changed reading must be more certain (at least this, where there was none)
     doubt: float = 0.05  # so much less certain, and only half of the restored character is kept
     mismatch: float = 0.60  # limit of a character's mean mismatch: 95 of 100 true lines stay under it
     refused: float = 0.40  # share of refused characters from which the whole line is refused
@@ -261,7 +263,8 @@ def read_trust(before: Reading, after: Reading, config: GateConfig) -> tuple[Ten
         same[j:j_end] = False
         sure = float(p_x[i:i_end].max()) if i_end > i else 0.0
         surer = float(p_y[j:j_end].min()) if j_end > j else 0.0
-        if sure >= config.certain or surer < sure + config.surer:
+        needed = config.surer + (sure if sure >= config.unsure else 0.0)
+        if sure >= config.certain or surer < needed:
             first, last = (j, j_end) if j_end > j else (max(0, j - 1), j + 1)  # what is gone counts against neighbours
             trust[first:last] = 0.0
             why = "the input was clear" if sure >= config.certain else "not surer than before"

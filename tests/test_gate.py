@@ -110,6 +110,8 @@ def test_the_rules_on_two_readings():
         "less certain": (reading("AB", 0.6, 0.6), reading("AB", 0.5, 0.58), [0.5, 1]),
         "the input was clear": (reading("AB", 0.6, 0.95), reading("AC", 0.6, 0.99), [1, 0]),
         "surer": (reading("AB", 0.6, 0.5), reading("AC", 0.6, 0.8), [1, 1]),
+        "unreadable before": (reading("AB", 0.6, 0.45), reading("AC", 0.6, 0.3), [1, 1]),
+        "unreadable after": (reading("AB", 0.6, 0.45), reading("AC", 0.6, 0.1), [1, 0]),
         "not surer": (reading("AB", 0.6, 0.5), reading("AC", 0.6, 0.6), [1, 0]),
         "gone": (reading("ABC", 0.9, 0.95, 0.9), reading("AC", 0.9, 0.9), [0, 0]),
         "put in, unsure": (reading("AC", 0.9, 0.9), reading("ABC", 0.9, 0.1, 0.9), [1, 0, 1]),
