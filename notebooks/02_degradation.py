@@ -1708,7 +1708,7 @@ def reader_scores(read, lines: list, seeds: int = 1) -> dict[str, float]:
 
 # %%
 if importlib.util.find_spec("rapidocr_onnxruntime") and importlib.util.find_spec("rapidfuzz"):
-    from difftsr.evaluate import PPOCR, ned
+    from difftsr.measures import PPOCR, ned
     from difftsr.text_lines import Alphabet, LineRenderer, PhraseSampler, find_fonts, package_font_folders
 
     sampler, rng = PhraseSampler(Alphabet.classroom(), words="builtin"), np.random.default_rng(1)

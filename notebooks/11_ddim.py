@@ -667,7 +667,7 @@ plt.show()
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-result = sample(model, lr, steps=20, trace=True)
+result = sample(model, lr, steps=20, temperature=1.0, trace=True)
 print("read from the input:", result.reading.text(model.alphabet)[0])
 print("in the end         :", model.alphabet.decode(result.tokens[0]))
 assert len(result.trace) == 20 and result.trace[0].t == T - 1 and result.trace[-1].s == -1

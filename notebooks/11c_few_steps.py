@@ -353,7 +353,7 @@ plt.show()
 
 
 # %% [markdown]
-# What did it cost? The student is tuned to one and two steps. At sixteen steps it may do worse than the control, because nobody asked it to stay a good denoiser at other times. It has also given up variety: another seed gives nearly the same picture.
+# What did it cost? The student is tuned to one and two steps, and nobody asked it to stay a good denoiser at other times; here it still is one at sixteen. What it has given up is variety: another seed gives nearly the same picture.
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -377,7 +377,7 @@ for name in ("more of the same", "few steps"):
 #
 # - One step gives the mean of what fits; a loss in pixels that looks at edges makes it decide.
 # - Later steps are trained on what the model itself did before, not on what it should have done.
-# - Speed is paid for with variety, and with quality at many steps.
+# - Speed is paid for with variety. Whoever wants many different answers takes many steps of a model that was not tuned.
 #
 # ## Exercises
 #
