@@ -537,7 +537,7 @@ assert accuracy("浙江省杭州市西湖区南山路一百二十二号", "浙�
 # ## The judge must not be the teacher
 #
 # A network that is trained to please one reader can please it without becoming legible. A small experiment shows how
-# easily. Take a line so blurred that our own recogniser (lesson 05) reads nothing right in it, and change its *pixels* by
+# easily. Take a line so blurred that our own recogniser (lesson 05) reads hardly anything right in it, and change its *pixels* by
 # gradient descent until the recogniser is sure that it says `停车场入口`.
 
 # %%
@@ -572,12 +572,13 @@ for reader in (judge, PPOCR("v4")):
 for name, (first, second) in readers.items():
     print(f"{name:12s} NED before {ned(first, text):.2f}, after {ned(second, text):.2f}")
 show({"blurred": before, "optimised for the teacher": after})
-assert ned(teacher[1], text) > 0.9 > max(ned(readers["PP-OCRv6"][1], text), ned(readers["PP-OCRv4"][1], text))
+gains = {name: ned(second, text) - ned(first, text) for name, (first, second) in readers.items()}
+assert gains["the teacher"] > 0.5 and max(gains["PP-OCRv6"], gains["PP-OCRv4"]) <= 0
 
 
 # %% [markdown]
-# The teacher is delighted. The judges, who had read the blurred line, now read nothing: what was added are not strokes but
-# a pattern to which only this one reader answers. A reader that took part in training (or in choosing weights, or in
+# The teacher is delighted: all that it missed before, it reads now. The judges, who had read the blurred line, gained
+# nothing from it, and may even lose: what was added are not strokes but a pattern to which this one reader answers. A reader that took part in training (or in choosing weights, or in
 # picking the best of several results) is a teacher. That is why our judges guide nothing, and why a restoration that took
 # its text from PP-OCRv6 stands in a row of its own, judged by the others.
 #

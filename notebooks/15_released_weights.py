@@ -775,7 +775,7 @@ def habitual(*habits: str, steps: int = 10) -> torch.Tensor:
     times, end = (reference_timesteps(steps), 0) if "leading" in habits else (timesteps(steps, 1000), -1)
     eta, z, context = 0.2 if "eta" in habits else 0.0, start, model.idm.context(reading)
     for t, s in zip(times, [*times[1:], end]):
-        z0, eps = model.idm.predict(z, told, torch.tensor([t]), context, reading.centers)
+        z0, eps = model.idm.predict(z, told, torch.tensor([t]), context, reading)
         z = ddim_step(z0, eps, t, s=s, alpha_bar=alpha_bar, eta=eta, noise=noise.normal(z.shape[1:]))
     return model.vae.from_latent(z).clamp(-1, 1)
 
