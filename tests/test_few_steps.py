@@ -108,7 +108,7 @@ def test_it_overfits_a_few_lines():
     model, batch = Tiny(), line_batch(2)
     stage, g = FewStepStage(training(max_steps=1, learning_rate=3e-3), model), generator()
     optimizer, losses = stage.optimizers(model)["idm"], []
-    for _ in range(30):
+    for _ in range(45):
         for loss, _, logs in stage.losses(model, batch, g):
             optimizer.zero_grad()
             loss.backward()
