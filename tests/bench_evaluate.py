@@ -8,10 +8,10 @@ out/test, which takes minutes, and only seconds where the cache has everything).
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 from difftsr.evaluate import EvaluateConfig, evaluate, read_report, summary
+from difftsr.text_lines import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,10 +25,8 @@ def main() -> None:
     report["line_count"] = len({record["file"] for record in report.pop("lines")})
     report["figures"] = [row for row in report["figures"] if row["kind"] in ("all", "strength", "characters")]
     print(summary(report))
-    temporary = chosen.output.with_name(f".{chosen.output.name}.{os.getpid()}")
     rows = json.dumps(report, ensure_ascii=False, separators=(",", ":")).replace("},{", "},\n{")  # a row on a line
-    temporary.write_text(rows + "\n", encoding="utf-8")
-    os.replace(temporary, chosen.output)
+    write_atomically(chosen.output, (rows + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ import parity_common
 from bench import machine
 from difftsr.model import DiffTSR, preset
 from difftsr.recognizer import Reading
+from difftsr.text_lines import write_json
 from difftsr.train import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,9 +51,7 @@ def record(output: Path, part: str, found: dict) -> None:
         if isinstance(value, dict):
             found[key] = {**value, **found.get(key, {})}
     known[part] = {**found, "machine": machine(), "torch": torch.__version__}
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, output)
+    write_json(output, known)
 
 
 def peak_gigabytes() -> float:
