@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
 
@@ -81,23 +82,33 @@ def lightning(tensors, callback):
     }  # fmt: skip
 
 
-@pytest.fixture
-def callback(monkeypatch):
+@contextmanager
+def lightning_callback():
     """A class that pickles as Lightning's callback, and whose module is gone when the file is read."""
     name = "pytorch_lightning.callbacks.model_checkpoint"
-    for part in ("pytorch_lightning", "pytorch_lightning.callbacks", name):
-        monkeypatch.setitem(sys.modules, part, ModuleType(part))
-    kind = type("ModelCheckpoint", (), {"__module__": name})
-    sys.modules[name].ModelCheckpoint = kind
-    return kind
+    with pytest.MonkeyPatch.context() as patch:
+        for part in ("pytorch_lightning", "pytorch_lightning.callbacks", name):
+            patch.setitem(sys.modules, part, ModuleType(part))
+        sys.modules[name].ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": name})
+        yield sys.modules[name].ModelCheckpoint
 
 
-@pytest.fixture
-def files(parts, callback, tmp_path):
-    """Every published layout, as a file."""
+@pytest.fixture(scope="module")
+def files(parts, tmp_path_factory):
+    """Every published layout, as a file (1.5 GB, most of it the recogniser): to be read only."""
+    folder = tmp_path_factory.mktemp("published")
+    with lightning_callback() as callback:
+        for name, content in layouts(parts, callback).items():
+            torch.save(content, folder / f"{name}.ckpt")
+    (folder / "alphabet.txt").write_text(CHARACTERS, encoding="utf-8")
+    return folder
+
+
+def layouts(parts, callback):
+    """The content of every published file by its name."""
     vae_loss = {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.zeros(2, 3)}
     reader = prefixed("module.", parts["recognizer"])
-    contents = {
+    return {
         "joint": {
             "IDM_Unet": parts["unet"], "TDM_Decoder": parts["tdm"], "MoM_module": parts["mom"],
             "VAE_model": parts["vae"],
@@ -125,12 +136,6 @@ def files(parts, callback, tmp_path):
         "transocr_module": reader,
         "transocr_module_module": prefixed("module.", reader),
     }  # fmt: skip
-    for name, content in contents.items():
-        torch.save(content, tmp_path / f"{name}.ckpt")
-    (tmp_path / "alphabet.txt").write_text(CHARACTERS, encoding="utf-8")
-    for module in [m for m in sys.modules if m.startswith("pytorch_lightning")]:
-        del sys.modules[module]
-    return tmp_path
 
 
 # ---------------------------------------------------------------- fixtures
@@ -381,18 +386,18 @@ def test_the_text_predictor():
 # ---------------------------------------------------------------- conversion and use
 
 
-def test_conversion_and_restoration(files, parts, capsys, monkeypatch):
+def test_conversion_and_restoration(files, parts, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(official, "preset", lambda name: small_config())
     arguments = [str(files / "joint.ckpt"), "--alphabet", str(files / "alphabet.txt"), "--recognizer"]
     arguments += [str(files / "transocr.ckpt"), "--output"]
-    assert official.main([*arguments, str(files / "whole")]) == 0
-    assert official.main([*arguments, str(files / "half"), "--half"]) == 0
+    assert official.main([*arguments, str(tmp_path / "whole")]) == 0
+    assert official.main([*arguments, str(tmp_path / "half"), "--half"]) == 0
     assert capsys.readouterr().err == ""
-    whole, half = (DiffTSR.from_pretrained(files / name) for name in ("whole", "half"))
+    whole, half = (DiffTSR.from_pretrained(tmp_path / name) for name in ("whole", "half"))
     assert whole.config.reference and whole.reader_alphabet.characters == CHARACTERS
     assert same(whole.tdm, parts["tdm"]) and not same(half.tdm, parts["tdm"])
     assert all(torch.allclose(a, b, atol=1e-3, rtol=1e-3) for a, b in zip(whole.parameters(), half.parameters()))
-    size = {name: (files / name / "idm.safetensors").stat().st_size for name in ("whole", "half")}
+    size = {name: (tmp_path / name / "idm.safetensors").stat().st_size for name in ("whole", "half")}
     assert size["half"] < 0.55 * size["whole"]
     line = torch.randint(0, 255, (20, 60, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).numpy()
     for mode in ("full", "baseline", "no-text"):
@@ -406,19 +411,19 @@ def test_conversion_and_restoration(files, parts, capsys, monkeypatch):
         restore(whole, line, steps=5, solver="dpm")
 
 
-def test_conversion_of_a_part_writes_that_part(files, capsys, monkeypatch):
+def test_conversion_of_a_part_writes_that_part(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(official, "preset", lambda name: small_config())
-    assert official.main([str(files / "step0.ckpt"), "--output", str(files / "part")]) == 0
-    assert sorted(f.name for f in (files / "part").iterdir()) == ["config.json", "vae.safetensors"]
+    assert official.main([str(files / "step0.ckpt"), "--output", str(tmp_path / "part")]) == 0
+    assert sorted(f.name for f in (tmp_path / "part").iterdir()) == ["config.json", "vae.safetensors"]
     assert "no tdm" in capsys.readouterr().err
-    assert "vae" not in DiffTSR.from_pretrained(files / "part", missing_ok=True).untrained
+    assert "vae" not in DiffTSR.from_pretrained(tmp_path / "part", missing_ok=True).untrained
 
 
-def test_errors_of_the_command(files, capsys):
-    assert official.main([str(files / "none.ckpt"), "--output", str(files / "out")]) == 2
+def test_errors_of_the_command(tmp_path, capsys):
+    assert official.main([str(tmp_path / "none.ckpt"), "--output", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1 and "no such file" in message
-    assert not (files / "out").exists()
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- training at published settings
