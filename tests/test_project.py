@@ -549,7 +549,8 @@ def test_set_up_cell_elsewhere_is_silent_and_finds_the_package() -> None:
 def test_what_colab_lacks_is_pinned_and_declared() -> None:
     declared = {canonicalize_name(requirement.name) for requirement in EVERYTHING} | {WITHOUT_DEPENDENCIES}
     pinned = {canonicalize_name(Requirement(line).name) for line in constraint_lines()}
-    indirect = {"docstring-parser", "typeguard", "justmytype"}  # what tyro and a font package need themselves
+    # what tyro, a font package and onnxscript need themselves
+    indirect = {"docstring-parser", "typeguard", "justmytype", "onnx-ir"}
     packages = {canonicalize_name(package) for package in PROJECT["tool"]["difftsr"]["colab"].values()}
     assert packages <= pinned
     assert packages <= declared | indirect
