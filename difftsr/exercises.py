@@ -16,7 +16,7 @@ def near(found, wanted, tolerance: float = 1e-5) -> bool:
 
     What is no number at all raises whatever torch raises; `check` turns that into a sentence.
     """
-    found, wanted = (torch.as_tensor(x).detach().double() for x in (found, wanted))
+    found, wanted = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (found, wanted))
     return found.shape == wanted.shape and torch.allclose(found, wanted, rtol=tolerance, atol=tolerance)
 
 # %% ../notebooks/00b_exercises.ipynb #ff435d87

@@ -749,6 +749,12 @@ check({
 })  # fmt: skip
 
 # %% [markdown]
+# ### Questions to think about
+#
+# - Let `please_the_teacher` write another text into a *sharp* line. Who notices?
+# - Find a pair that fools PSNR on Y but not on RGB.
+
+# %% [markdown]
 # ## Where to go next
 #
 # The second half of lesson 14, `14_report`, puts these measures to work: baselines, ablations, and one report.
