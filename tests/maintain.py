@@ -177,7 +177,7 @@ def fill(notebook: NotebookNode, name: str) -> None:
 def tidy(notebook: NotebookNode) -> None:
     """Drop what differs between machines or bloats a diff: metadata other than tags, widget state, timings.
 
-    Solutions are folded away, in JupyterLab and Colab.
+    Solutions are folded away.
     """
     notebook.metadata = nbformat.from_dict(METADATA)
     notebook.nbformat, notebook.nbformat_minor = 4, 5
