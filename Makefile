@@ -5,6 +5,7 @@
 #   make test                everything the project promises: check, the lessons, the tests
 #   make check               are texts, notebooks and package in step? (under a minute)
 #   make sync                make each pair agree and export the package, after an edit
+#   make exercises           cut exercises/ out of the lessons, with stubs in place of solutions
 #   make run [NAMES=04_vae]  execute lessons in fresh kernels and store what they show
 #   make bench               what a restoration costs on this machine
 #
@@ -19,7 +20,7 @@ IMAGES ?=
 
 test run: export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo lab test check sync run bench
+.PHONY: help demo lab test check sync exercises run bench
 .DEFAULT_GOAL := help
 
 help:
@@ -54,6 +55,9 @@ check: $(READY)
 sync: $(READY)
 	$(PY) tests/maintain.py sync $(NAMES)
 	$(PY) tests/maintain.py export $(NAMES)
+
+exercises: $(READY)
+	$(PY) tests/maintain.py exercises $(NAMES)
 
 run: $(READY)
 	$(PY) tests/maintain.py run $(NAMES)

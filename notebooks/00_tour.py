@@ -246,3 +246,4 @@ show(pictures, titles, columns=2)
 # ## Where to go next
 #
 # Lesson 01 renders lines of text; from there each lesson builds one part, and lesson 12 puts them together.
+# [00b](00b_exercises.ipynb) says how the exercises work; words and symbols are in [GLOSSARY.md](GLOSSARY.md).

@@ -1436,7 +1436,123 @@ if __name__ == "__main__" and "__file__" in globals():
 # - Phrases come from a grammar that anyone can edit; 15 % random characters let the model meet the whole alphabet.
 # - `rare_share` brings every character in words; `Looks` sets how often each effect is met, photographs and arcs included.
 # - A line is one mask of ink, one projective warp and a few layers; the character boxes go through the same warp.
+
+# %% [markdown]
+# ## Exercises
 #
+# The same tasks without solutions: [exercises/01_text_lines.ipynb](../exercises/01_text_lines.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import cv2
+import numpy as np
+
+from difftsr.exercises import check, near
+from difftsr.text_lines import Alphabet, is_reserved, reserved_texts
+
+
+# %% [markdown]
+# ### 1 · Nothing, something, a space · ●○○ easy
+#
+# Write the classes of a text: 0 where there is nothing (any more), 1 for a character outside the alphabet, $2 + i$ for its $i$-th character. A space is a character.
+#
+# <details><summary>Hint</summary>
+#
+# `str.find` gives −1 for what is not there. Which class does $2 - 1$ happen to be?
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def classes(text: str, characters: str, length: int) -> list[int]:
+    """`length` classes of a text that is no longer than that."""
+    ### BEGIN SOLUTION
+    ### STUB: return [0] * length
+    return [2 + characters.find(c) for c in text] + [0] * (length - len(text))
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check({
+    "the length is not the one that was asked for": lambda: len(classes("A1", "01A ", 6)) == 6,
+    "after the text there should be nothing": lambda: list(classes("A1", "01A ", 6))[2:] == [0] * 4,
+    "a space in the alphabet is neither nothing nor unknown": lambda: classes("A 1", "01A ", 3)[1] == 5,
+    "what is not in the alphabet has a class of its own": lambda: classes("A?", "01A ", 2)[1] == 1,
+    "it disagrees with the lesson's alphabet": lambda: near(
+        classes("B-52", "0125B", 5), Alphabet("0125B").encode("B-52", 5)),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · Boxes through a warp · ●●○ medium
+#
+# A projective warp sends $(x, y)$ to $(u / w, v / w)$ with $(u, v, w)^\top = H\,(x, y, 1)^\top$. Write it for many points. The lesson sends the boxes of the characters through the same $H$ as the ink, so that everyone knows where a character stands.
+#
+# <details><summary>Hint</summary>
+#
+# Append a column of ones, multiply by $H^\top$, divide. Forgetting to divide goes unnoticed as long as $H$ only moves and turns.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def warp(points: np.ndarray, h: np.ndarray) -> np.ndarray:
+    """Points (n, 2) through a homography (3, 3), as (n, 2)."""
+    ### BEGIN SOLUTION
+    ### STUB: return points @ h[:2, :2].T
+    lifted = np.column_stack([points, np.ones(len(points))]) @ h.T  # (n, 3)
+    return lifted[:, :2] / lifted[:, 2:]
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+corners = np.array([[0, 0], [100, 0], [100, 40], [0, 40], [30, 20]], np.float64)
+tilted = np.float64([[5, 3], [90, 10], [95, 38], [2, 44]])
+h = cv2.getPerspectiveTransform(corners[:4].astype(np.float32), tilted.astype(np.float32))
+check({
+    "a shift does not move the points": lambda: near(
+        warp(corners, np.float64([[1, 0, 7], [0, 1, -2], [0, 0, 1]])), corners + [7, -2]),
+    "twice the matrix is the same warp": lambda: near(warp(corners, 2 * h), warp(corners, h)),
+    "the four corners do not arrive where they should": lambda: near(warp(corners[:4], h), tilted, 1e-3),
+    "the way back does not lead back": lambda: near(warp(warp(corners, h), np.linalg.inv(h)), corners),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · A leak · ●●● hard
+#
+# No text of the evaluation sets may be trained on, and also not *inside* a longer one. A colleague compares with `text in reserved`. Find three ways around that comparison, then close them: a text leaks if it equals a reserved one, or if one contains the other and the shorter has four characters or more. Case and spaces do not count.
+#
+# <details><summary>Hint</summary>
+#
+# Bring both to one form first. Why must the shorter have four characters? Think of the text 的.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def leaks(text: str, reserved: tuple[str, ...]) -> bool:
+    """Whether training must not see the text."""
+    ### BEGIN SOLUTION
+    ### STUB: return text in reserved
+    def plain(line: str) -> str:
+        return "".join(line.lower().split())
+
+    pairs = [sorted((plain(text), plain(other)), key=len) for other in reserved]
+    return any(a == b or (len(a) >= 4 and a in b) for a, b in pairs)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+mine = ("Bus Stop 12", "出口")
+check({
+    "what is reserved must be found": lambda: leaks("出口", mine) and leaks("Bus Stop 12", mine),
+    "what has nothing to do with it must pass": lambda: not leaks("Platform 3", mine),
+    "other capitals or other spaces are the same text": lambda: leaks("BUS STOP12", mine),
+    "a reserved text may hide in a longer one, or be hidden": lambda: leaks("to bus stop 12!", mine)
+    and leaks("us stop", mine),
+    "two common characters in a longer text are no leak": lambda: not leaks("安全出口处", mine),
+    "it disagrees with the lesson about the project's own texts": lambda: all(
+        leaks(t, reserved_texts()) == is_reserved(t) for t in [*reserved_texts()[:5], "coffee"]),
+})  # fmt: skip
+
+# %% [markdown]
 # ## Where to go next
 #
 # [Lesson 02](02_degradation.ipynb) takes these sharp lines and spoils them, in all the ways in which cameras, resizers and compressors do. [Lesson 03](03_dataset.ipynb) makes the two sides into training batches.

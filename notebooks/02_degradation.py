@@ -1811,7 +1811,138 @@ except ValueError as error:
 # - `degrade(image, rng, config)` gives a spoiled line, its pipeline and its scale. Same seed, same bytes.
 #   Strengths from `mild` to `severe` name how hard it is, `paper` is the published mixture.
 # - `degrade_batch` draws recipes and follows them for a whole batch on any device; `follow` replays a stored recipe.
+
+# %% [markdown]
+# ## Exercises
 #
+# The same tasks without solutions: [exercises/02_degradation.ipynb](../exercises/02_degradation.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import numpy as np
+
+from difftsr.degradation import fspecial_gaussian, sinc_kernel
+from difftsr.exercises import check, near
+
+
+# %% [markdown]
+# ### 1 · Shrink without lying · ●○○ easy
+#
+# Taking every $k$-th pixel turns a fine checkerboard into plain white (or black, by luck). Shrink by averaging blocks of $k \times k$ instead.
+#
+# <details><summary>Hint</summary>
+#
+# `reshape` to (H/k, k, W/k, k, C), then a mean over two axes.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def shrink(image: np.ndarray, k: int) -> np.ndarray:
+    """(H, W, C) -> (H / k, W / k, C), for sides that k divides."""
+    ### BEGIN SOLUTION
+    ### STUB: return image[::k, ::k]
+    height, width, channels = image.shape
+    return image.reshape(height // k, k, width // k, k, channels).mean(axis=(1, 3))
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+board = np.indices((8, 16)).sum(0)[..., None] % 2 * np.ones(3)
+ramp = np.arange(8 * 16 * 3, dtype=np.float64).reshape(8, 16, 3)
+check({
+    "the size is wrong": lambda: shrink(board, 2).shape == (4, 8, 3),
+    "a fine checkerboard, seen from afar, is grey": lambda: near(shrink(board, 2), np.full((4, 8, 3), 0.5)),
+    "light must not get lost: the mean should stay": lambda: near(shrink(ramp, 4).mean(), ramp.mean()),
+    "rows, columns or channels were mixed up": lambda: near(shrink(ramp, 4)[1, 2], ramp[4:, 8:12].mean((0, 1))),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · Two blurs are one · ●●○ medium
+#
+# A camera blurs by a Gaussian of $\sigma_1$, then an app blurs by $\sigma_2$. Predict the one $\sigma$ that does both. Then measure the $\sigma$ of any kernel from its numbers, and compare.
+#
+# <details><summary>Hint</summary>
+#
+# What adds when independent random steps are added? For the measurement: $\sigma^2 = \sum_x x^2\, k(x)$ along one axis, from the centre.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def together(sigma_1: float, sigma_2: float) -> float:
+    """Standard deviation of both blurs, one after the other."""
+    ### BEGIN SOLUTION
+    ### STUB: return sigma_1 + sigma_2
+    return float(np.hypot(sigma_1, sigma_2))
+    ### END SOLUTION
+
+
+def measured(kernel: np.ndarray) -> float:
+    """Standard deviation along the columns of a square kernel (n, n) that sums to 1."""
+    ### BEGIN SOLUTION
+    ### STUB: return float(len(kernel))
+    x = np.arange(len(kernel)) - (len(kernel) - 1) / 2
+    return float(np.sqrt((kernel.sum(axis=0) * x**2).sum()))
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+def blurred_twice(a: float, b: float, size: int = 41) -> np.ndarray:
+    spectra = [np.fft.fft2(np.fft.ifftshift(fspecial_gaussian(size, s))) for s in (a, b)]
+    return np.fft.fftshift(np.fft.ifft2(spectra[0] * spectra[1]).real)
+
+
+check({
+    "the measurement is wrong even for a plain Gaussian": lambda: near(measured(fspecial_gaussian(41, 2.5)), 2.5, 1e-3),
+    "a blur of nothing should change nothing": lambda: near(together(3.0, 0.0), 3.0),
+    "the prediction is not what convolution gives": lambda: near(together(3, 4), measured(blurred_twice(3, 4)), 1e-2),
+    "it should hold for other blurs too": lambda: near(together(1.2, 2), measured(blurred_twice(1.2, 2)), 1e-2),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · Where a sinc rings · ●●● hard
+#
+# The ideal low-pass filter is $h(r) = \frac{\omega}{2 \pi r} J_1(\omega r)$. $J_1$ vanishes first at 3.8317. At which distance from an edge does the filter begin to ring the other way? And which cutoff puts this circle at a given radius?
+#
+# <details><summary>Hint</summary>
+#
+# Where is $J_1(\omega r)$ zero as a function of $r$? The larger the cutoff, the finer the ringing.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def first_zero(cutoff: float) -> float:
+    """Radius in pixels of the first zero of the kernel with a cutoff in radians a pixel."""
+    ### BEGIN SOLUTION
+    ### STUB: return cutoff
+    return 3.8317 / cutoff
+    ### END SOLUTION
+
+
+def cutoff_for(radius: float) -> float:
+    """The cutoff whose kernel vanishes first at this radius."""
+    ### BEGIN SOLUTION
+    ### STUB: return radius
+    return 3.8317 / radius
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+def changes_sign(cutoff: float, radius: float) -> bool:
+    """Whether the kernel is positive just inside the radius, and negative just outside."""
+    kernel = sinc_kernel(cutoff, 41)[20, 20:]
+    return bool((kernel[: int(np.ceil(radius))] > 0).all() and kernel[int(np.ceil(radius))] < 0)
+
+
+check({
+    "a lower cutoff should ring more coarsely": lambda: first_zero(0.5) > first_zero(1.0) > first_zero(2.0),
+    "the kernel does not change its sign there": lambda: all(changes_sign(c, first_zero(c)) for c in (0.7, 1.1, 2.0)),
+    "the two functions should undo each other": lambda: near(first_zero(cutoff_for(4.5)), 4.5),
+    "the kernel with your cutoff does not vanish at that radius": lambda: abs(
+        sinc_kernel(cutoff_for(6.0), 41)[20, 26]) < 1e-4 * sinc_kernel(cutoff_for(6.0), 41)[20, 20],
+})  # fmt: skip
+
+# %% [markdown]
 # ## Where to go next
 #
 # - [03 · Dataset](03_dataset.ipynb) makes pairs with it, by the thousand.

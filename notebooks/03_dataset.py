@@ -1707,7 +1707,129 @@ shutil.rmtree(folder)
 # - Bad records are left out and reported; failing degradations are errors.
 # - `clean` says of every record why it is kept or dropped: by its text, its shape, its sharpness, its alignment, and whether it came before.
 # - What is larger than a disk is streamed from shards, in an order that is again a function of the seed.
+
+# %% [markdown]
+# ## Exercises
 #
+# The same tasks without solutions: [exercises/03_dataset.ipynb](../exercises/03_dataset.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import numpy as np
+
+from difftsr.dataset import BatchOrder
+from difftsr.exercises import check, near
+
+
+# %% [markdown]
+# ### 1 · Why is it dropped? · ●○○ easy
+#
+# Write the rules of the data set's authors as a function that names the first rule a line breaks: `"text"` (empty, or more than 24 characters), `"tall"` (higher than wide), `"long"` (more than eight times as wide as high), or `None` for a good line.
+#
+# <details><summary>Hint</summary>
+#
+# $1 \le W / H \le 8$, both ends included. Compare without dividing, and an image without height needs no case of its own.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def broken_rule(text: str, width: int, height: int) -> str | None:
+    """The first broken rule in the order text, tall, long."""
+    ### BEGIN SOLUTION
+    ### STUB: return None
+    if not 1 <= len(text) <= 24:
+        return "text"
+    if width < height:
+        return "tall"
+    return "long" if width > 8 * height else None
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check({
+    "a line without text teaches nothing, and 25 characters do not fit": lambda: broken_rule("", 90, 30)
+    == broken_rule("x" * 25, 90, 30) == "text",
+    "a column of text is no line": lambda: broken_rule("abc", 29, 30) == "tall",
+    "longer than eight heights is too long": lambda: broken_rule("abc", 241, 30) == "long",
+    "both limits are allowed": lambda: broken_rule("x" * 24, 30, 30) is broken_rule("x", 240, 30) is None,
+    "of several broken rules the first counts": lambda: broken_rule("", 1, 30) == "text",
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · Random, and yet a function · ●●○ medium
+#
+# The degradation of record `index` at its `draw`-th use must be random, but the same whoever asks, in whatever order. Return three normal numbers that depend on (seed, index, draw) alone. Why is `default_rng(seed + index + draw)` not good enough?
+#
+# <details><summary>Hint</summary>
+#
+# `np.random.default_rng` takes a list of integers and mixes them well.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def numbers(seed: int, index: int, draw: int) -> np.ndarray:
+    """Three standard normal numbers (3,)."""
+    ### BEGIN SOLUTION
+    ### STUB: return np.random.default_rng(seed + index + draw).normal(size=3)
+    return np.random.default_rng([seed, index, draw]).normal(size=3)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check({
+    "three numbers are wanted": lambda: np.shape(numbers(0, 1, 2)) == (3,),
+    "asked again, the answer should be the same": lambda: near(numbers(0, 5, 1), numbers(0, 5, 1)),
+    "the second use of a record should look different": lambda: not near(numbers(0, 5, 1), numbers(0, 5, 2)),
+    "two different records share their numbers": lambda: not near(numbers(0, 5, 1), numbers(0, 4, 2))
+    and not near(numbers(1, 5, 1), numbers(0, 6, 1)),
+    "they should be normal: mean 0, variance 1": lambda: near(
+        np.var([numbers(0, i, 0) for i in range(2000)]), 1.0, 0.1),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · An order that can be entered anywhere · ●●● hard
+#
+# Batch $k$ of rank $r$ (of $R$ processes) takes $b$ positions of one endless sequence: rank 0's batch, rank 1's batch, and so on. The sequence runs through $n$ records an epoch. Which (epoch, offset) pairs are those? Then a run goes on after a crash without having counted anything.
+#
+# <details><summary>Hint</summary>
+#
+# How many positions were taken before batch $k$ of rank $r$? `divmod` does the rest. A batch may straddle two epochs.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def positions(k: int, *, rank: int, world: int, batch_size: int, length: int) -> list[tuple[int, int]]:
+    """The (epoch, offset) of each item of a batch."""
+    ### BEGIN SOLUTION
+    ### STUB: return [(0, k * batch_size + i) for i in range(batch_size)]
+    first = (k * world + rank) * batch_size
+    return [divmod(first + i, length) for i in range(batch_size)]
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+def taken(batches: int, world: int, batch_size: int = 4, length: int = 10) -> list[tuple[int, int]]:
+    where = dict(world=world, batch_size=batch_size, length=length)
+    return [tuple(p) for k in range(batches) for rank in range(world) for p in positions(k, rank=rank, **where)]
+
+
+def lesson(k: int, rank: int) -> list[tuple[int, int]]:
+    order = BatchOrder(10, 4, seed=3, rank=rank, world=2)
+    epochs = [np.random.default_rng([3, epoch]).permutation(10) for epoch in range(4)]
+    return [(int(epochs[e][o]), index) for (e, o), (index, _) in zip(
+        positions(k, rank=rank, world=2, batch_size=4, length=10), order.batch(k))]  # fmt: skip
+
+
+check({
+    "offsets must stay within an epoch": lambda: all(0 <= offset < 10 for _, offset in taken(9, 1)),
+    "each record is due once an epoch": lambda: sorted(taken(5, 1)) == [(e, o) for e in (0, 1) for o in range(10)],
+    "two processes should take what one would, and nothing twice": lambda: taken(5, 2) == taken(10, 1),
+    "it is not the order of the lesson": lambda: all(
+        len(lesson(k, r)) == 4 and all(a == b for a, b in lesson(k, r)) for k in range(4) for r in (0, 1)),
+})  # fmt: skip
+
+# %% [markdown]
 # ## Where to go next
 #
 # [Lesson 04](04_vae.ipynb) is the first to learn from these batches: it compresses a line to a latent of a fraction of the size.

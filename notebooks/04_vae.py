@@ -1491,7 +1491,126 @@ assert lpips(x, deep).mean() < lpips(x, linear).mean()
 # - L1 counts pixels, LPIPS looks, the patch GAN insists; each has a setting.
 # - A generic autoencoder writes badly and learns it quickly. A quarter of degraded crops makes it fit for both sides.
 # - Shift and scale of each channel are measured once and travel with the weights.
+
+# %% [markdown]
+# ## Exercises
 #
+# The same tasks without solutions: [exercises/04_vae.ipynb](../exercises/04_vae.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import numpy as np
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from difftsr.exercises import check, near
+from difftsr.vae import Posterior
+
+
+# %% [markdown]
+# ### 1 · One scale for each channel · ●○○ easy
+#
+# The diffusion wants latents of mean 0 and variance 1 in every channel. Measure shift and scale over a set, and apply them. What goes wrong if one number serves all channels?
+#
+# <details><summary>Hint</summary>
+#
+# Which axes of (B, C, h, w) are *not* the channel? Keep the four axes, so that the result broadcasts.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def whiten(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(normalised z (B, C, h, w), shift (1, C, 1, 1), scale (1, C, 1, 1)) with normalised = (z - shift) / scale."""
+    ### BEGIN SOLUTION
+    ### STUB: return z, z.mean(), z.std()
+    shift = z.mean(dim=(0, 2, 3), keepdim=True)
+    scale = z.std(dim=(0, 2, 3), keepdim=True)
+    return (z - shift) / scale, shift, scale
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+spread = torch.tensor([0.5, 3.0, 10.0]).view(1, 3, 1, 1)
+z = torch.randn(4, 3, 8, 9, generator=torch.Generator().manual_seed(0)) * spread + spread
+check({
+    "shift and scale should have one number a channel": lambda: whiten(z)[1].shape
+    == whiten(z)[2].shape == (1, 3, 1, 1),
+    "some channel's mean is not 0": lambda: near(whiten(z)[0].mean((0, 2, 3)), torch.zeros(3)),
+    "some channel's standard deviation is not 1": lambda: near(whiten(z)[0].std((0, 2, 3)), torch.ones(3), 1e-2),
+    "the way back does not give z": lambda: near(whiten(z)[0] * whiten(z)[2] + whiten(z)[1], z),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · The price of a latent · ●●○ medium
+#
+# Write $\mathrm{KL}\big(\mathcal N(\mu, \sigma^2) \,\|\, \mathcal N(0, 1)\big)$ for a whole latent, in nats, from the mean and the logarithm of the variance. Derive it: $\mathbb E_q[\ln q - \ln p]$ needs only $\mathbb E[z] = \mu$ and $\mathbb E[z^2] = \mu^2 + \sigma^2$.
+#
+# <details><summary>Hint</summary>
+#
+# $\tfrac12 (\mu^2 + \sigma^2 - 1 - \ln \sigma^2)$ for each number; numbers of one image add up.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def price(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
+    """KL of each image (B,), from two tensors (B, C, h, w)."""
+    ### BEGIN SOLUTION
+    ### STUB: return mean.square().mean()
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3))
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+mean, logvar = torch.randn(2, 3, 2, 4, 5, generator=torch.Generator().manual_seed(1))
+q = Normal(mean, (0.5 * logvar).exp())
+check({
+    "each image has a price of its own": lambda: price(mean, logvar).shape == (3,),
+    "what already is standard normal is free": lambda: near(price(0 * mean, 0 * logvar), torch.zeros(3)),
+    "too narrow and too wide must both cost": lambda: all(
+        (price(0 * mean, 0 * mean + width) > 0).all() for width in (-1, 1)),
+    "it is not the divergence of the two distributions": lambda: near(
+        price(mean, logvar), kl_divergence(q, Normal(0, 1)).sum((1, 2, 3)), 1e-4),
+    "it disagrees with the lesson": lambda: near(price(mean, logvar), Posterior(mean, logvar).kl(), 1e-4),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · Why the weight is tiny · ●●● hard
+#
+# One number $x \sim \mathcal N(0, 1)$ is coded as $z = a x + s\,\varepsilon$ with $a^2 + s^2 = 1$ and decoded as well as a linear decoder can: then the mean squared error is $s^2$ and the mean KL is $-\tfrac12 \ln s^2$. Which $s^2$ minimises error + $\lambda$ KL? From which $\lambda$ on does the code say nothing at all? (A latent of the classroom has 16,384 numbers. Think what $\lambda = 1$ would do to them.)
+#
+# <details><summary>Hint</summary>
+#
+# Set the derivative with respect to $D = s^2$ to zero, and remember that $D$ cannot exceed 1.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def error_left(weight: float) -> float:
+    """The error D in (0, 1] that is best for a KL weight > 0."""
+    ### BEGIN SOLUTION
+    ### STUB: return 0.0
+    return min(1.0, weight / 2)
+    ### END SOLUTION
+
+
+### BEGIN SOLUTION
+### STUB: says_nothing_from = 0.0
+says_nothing_from = 2.0
+### END SOLUTION
+
+# %% tags=["check"]
+errors = np.linspace(1e-4, 1, 10_000)
+check({
+    "a larger weight should leave a larger error": lambda: 0 < error_left(0.01) < error_left(0.1) < error_left(1.0),
+    "an error beyond 1 is worse than saying 0 to everything": lambda: error_left(50.0) <= 1,
+    "trying ten thousand errors finds a better one": lambda: all(
+        near(error_left(w), errors[np.argmin(errors - w / 2 * np.log(errors))], 1e-3) for w in (0.02, 0.3, 1.9, 4.0)),
+    "the code falls silent at another weight": lambda: near(error_left(says_nothing_from), 1.0)
+    and error_left(0.99 * says_nothing_from) < 1,
+})  # fmt: skip
+
+# %% [markdown]
 # ## Where to go next
 #
 # [05 · The recogniser](05_recognizer.ipynb) reads lines: it gives the text prior, and a loss that asks whether a

@@ -1389,6 +1389,128 @@ assert sum(p.numel() for p in published.parameters()) == 83_904_779
 # - The OCR loss is a gradient for pixels. Alone it fools one reader; beside a generative model it keeps text readable.
 
 # %% [markdown]
+# ## Exercises
+#
+# The same tasks without solutions: [exercises/05_recognizer.ipynb](../exercises/05_recognizer.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+from itertools import groupby, product
+
+import torch
+from torch.nn import functional as F
+
+from difftsr.exercises import check, near
+from difftsr.recognizer import CharacterEmbedding
+
+
+# %% [markdown]
+# ### 1 · From columns to a text · ●○○ easy
+#
+# CTC lets every column say a class or *blank* (0). The text is what remains when equal neighbours are merged and blanks are dropped, in this order. Write it.
+#
+# <details><summary>Hint</summary>
+#
+# `groupby` merges neighbours. What would go wrong with the word "book" in the other order?
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def collapsed(columns: list[int]) -> list[int]:
+    """The classes of the text."""
+    ### BEGIN SOLUTION
+    ### STUB: return [k for k in columns if k]
+    return [k for k, _ in groupby(columns) if k]
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check({
+    "blanks are no characters": lambda: collapsed([0, 0, 3, 0]) == [3],
+    "a wide character is one character": lambda: collapsed([5, 5, 5, 2]) == [5, 2],
+    "a blank between two equal characters keeps both": lambda: collapsed([4, 4, 0, 4, 7]) == [4, 4, 7],
+    "a line of nothing says nothing": lambda: collapsed([0, 0]) == [] and collapsed([]) == [],
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · An uncertain character as a vector · ●●○ medium
+#
+# A reader gives $k$ candidates with probabilities that sum to less than 1. Its vector is the expected one, $\sum_k p_k E[k]$, and what is left over goes to UNK (class 1). Write it for a table $E$.
+#
+# <details><summary>Hint</summary>
+#
+# `table[tokens]` is (..., k, dim). Multiply by the probabilities with one more axis, and sum over the candidates.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def expected(table: torch.Tensor, tokens: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    """Vectors (..., dim) from a table (K, dim), candidates (..., k) and their probabilities (..., k)."""
+    ### BEGIN SOLUTION
+    ### STUB: return table[tokens[..., 0]]
+    rest = 1 - probs.sum(-1, keepdim=True)
+    return (probs[..., None] * table[tokens]).sum(-2) + rest * table[1]
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+torch.manual_seed(0)
+embedding = CharacterEmbedding(9, 4)
+table, tokens = embedding.weight.detach(), torch.tensor([[2, 5], [8, 3], [4, 4]])
+probs = torch.tensor([[0.7, 0.2], [1.0, 0.0], [0.0, 0.0]])
+check({
+    "one vector for each character is wanted": lambda: expected(table, tokens, probs).shape == (3, 4),
+    "a certain character is its row": lambda: near(expected(table, tokens, probs)[1], table[8]),
+    "who knows nothing says UNK": lambda: near(expected(table, tokens, probs)[2], table[1]),
+    "it is not the expected vector of the lesson": lambda: near(
+        expected(table, tokens, probs), embedding.soft(tokens, probs)),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · All spellings, one by one · ●●● hard
+#
+# The CTC loss is $-\ln$ of the probability of a text, summed over *all* ways to spell it by columns. With 3 classes and 5 columns there are only $3^5$ of them: add them up by brute force.
+#
+# <details><summary>Hint</summary>
+#
+# `product(range(K), repeat=w)` runs through all paths. A path counts if it collapses to the text; its probability is the product of one number a column.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def probability(text: list[int], probs: torch.Tensor) -> float:
+    """Probability of a text under columns (w, K), each a distribution over K classes, 0 the blank."""
+    ### BEGIN SOLUTION
+    ### STUB: return 1.0
+    total = 0.0
+    for path in product(range(probs.shape[1]), repeat=len(probs)):
+        if [k for k, _ in groupby(path) if k] == list(text):
+            total += float(probs[torch.arange(len(probs)), torch.tensor(path)].prod())
+    return total
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+columns = torch.randn(5, 3, generator=torch.Generator().manual_seed(2)).double().softmax(1)
+texts = [[], [1], [2, 1], [1, 1], [1, 2, 1]]
+def by_torch(text: list[int]) -> float:
+    target, width = torch.tensor([text], dtype=torch.long), torch.tensor([5])
+    loss = F.ctc_loss(columns.log()[:, None], target, width, torch.tensor([len(text)]), reduction="sum")
+    return float((-loss).exp())
+
+
+check({
+    "without a single character every column must be blank": lambda: near(
+        probability([], columns), columns[:, 0].prod()),
+    "six characters do not fit into five columns": lambda: probability([1, 2, 1, 2, 1, 2], columns) == 0,
+    "all texts together should have probability 1": lambda: near(
+        sum(probability(list(t), columns) for n in range(6) for t in product((1, 2), repeat=n)), 1.0),
+    "some text has another probability under CTC": lambda: all(
+        near(probability(t, columns), by_torch(t)) for t in texts),
+})  # fmt: skip
+
+# %% [markdown]
 # ## Where to go next
 #
 # Lesson 06 builds the U-Net that will look at these readings. Lesson 07 sends the OCR loss through the decoder of the VAE; lesson 08 lets the text diffusion look at `features`. Further reading: A. Graves et al., *Connectionist temporal classification* (2006); Chen et al., *Scene text telescope* (CVPR 2021) and the FudanVI benchmark, from which the published TransOCR comes; L. Dong and B. Xu, *CIF* (arXiv 1905.11235), for the counter.

@@ -869,7 +869,122 @@ assert errors["with places"] < 0.8 * errors["without"]
 # - Attention sees a bag of tokens; **places** are told by codes and by a preference for what is near.
 # - The same class is the published network (874 million parameters, the published keys) and the classroom's (7.4
 #   million).
+
+# %% [markdown]
+# ## Exercises
 #
+# The same tasks without solutions: [exercises/06_unet.ipynb](../exercises/06_unet.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+from math import log, sqrt
+
+import torch
+
+from difftsr.exercises import check, near
+from difftsr.unet import ResBlock, timestep_embedding
+
+
+# %% [markdown]
+# ### 1 · A clock with many hands · ●○○ easy
+#
+# Write the code of a time: for $i = 0 \dots d/2 - 1$ the angle $t \cdot 10000^{-2i/d}$; first all cosines, then all sines. Which hand tells $t = 500$ from $t = 501$, and which 100 from 900?
+#
+# <details><summary>Hint</summary>
+#
+# $10000^{-2i/d} = \exp(-\ln(10000)\, i / (d/2))$. `t[:, None] * frequencies` makes a table.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def clock(t: torch.Tensor, dim: int) -> torch.Tensor:
+    """Times (B,) -> (B, dim), dim even."""
+    ### BEGIN SOLUTION
+    ### STUB: return t[:, None].float().expand(-1, dim)
+    angles = t[:, None] * torch.exp(-log(10000) * torch.arange(dim // 2) / (dim // 2))
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+times = torch.tensor([0, 1, 500, 999])
+check({
+    "one row of dim numbers for each time": lambda: clock(times, 16).shape == (4, 16),
+    "every hand has length 1": lambda: near(
+        clock(times, 16)[:, :8] ** 2 + clock(times, 16)[:, 8:] ** 2, torch.ones(4, 8)),
+    "at time 0 all hands point the same way": lambda: near(clock(times, 16)[0], [1.0] * 8 + [0.0] * 8),
+    "the hands do not turn at the lesson's speeds": lambda: near(clock(times, 64), timestep_embedding(times, 64), 1e-4),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · Attention in two lines · ●●○ medium
+#
+# Write $\mathrm{softmax}(Q K^\top / \sqrt d)\, V$ for a batch. Afterwards explain from your own code why the order of the text tokens cannot matter, so that places must be told.
+#
+# <details><summary>Hint</summary>
+#
+# `k.mT` transposes the last two axes. Over which axis do the weights of one query sum to 1?
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Queries (B, m, d), keys (B, n, d) and values (B, n, e) -> (B, m, e)."""
+    ### BEGIN SOLUTION
+    ### STUB: return q
+    scores = q @ k.mT / sqrt(q.shape[-1])  # (B, m, n)
+    return scores.softmax(dim=-1) @ v
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+g = torch.Generator().manual_seed(0)
+q, k, v = torch.randn(2, 5, 8, generator=g), torch.randn(2, 3, 8, generator=g), torch.randn(2, 3, 6, generator=g)
+order = torch.tensor([2, 0, 1])
+check({
+    "the result has another shape": lambda: attend(q, k, v).shape == (2, 5, 6),
+    "a query that likes all keys equally should get the mean": lambda: near(
+        attend(0 * q, k, v), v.mean(1, keepdim=True).expand(2, 5, 6)),
+    "the order of the tokens should not matter": lambda: near(attend(q, k[:, order], v[:, order]), attend(q, k, v)),
+    "it is not scaled dot-product attention": lambda: near(
+        attend(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v)),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · Where the parameters are · ●●● hard
+#
+# Predict the number of parameters of a `ResBlock` from $a$ to $b$ channels that hears a time vector of $e$ numbers, by counting: two group norms, two $3 \times 3$ convolutions, one linear layer, and a $1 \times 1$ shortcut where $a \ne b$. What grows quadratically with the width, and why does a U-Net keep most of its parameters at its lowest level?
+#
+# <details><summary>Hint</summary>
+#
+# A convolution $k \times k$ from $a$ to $b$ has $k^2 a b + b$; a norm of $a$ channels has $2a$; everything has a bias.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def count(a: int, e: int, b: int) -> int:
+    """Parameters of ResBlock(a, e, b)."""
+    ### BEGIN SOLUTION
+    ### STUB: return 9 * a * b
+    norms, convolutions = 2 * a + 2 * b, (9 * a * b + b) + (9 * b * b + b)
+    shortcut = a * b + b if a != b else 0
+    return norms + convolutions + (e * b + b) + shortcut
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+def counted(a: int, e: int, b: int) -> int:
+    return sum(p.numel() for p in ResBlock(a, e, b, groups=4).parameters())
+
+
+check({
+    "a block that keeps its width has no shortcut to learn": lambda: count(8, 12, 8) == counted(8, 12, 8),
+    "a block that changes its width has one": lambda: count(8, 12, 16) == counted(8, 12, 16),
+    "the time vector does not count as it should": lambda: count(4, 50, 8) - count(4, 20, 8) == 30 * 8,
+})  # fmt: skip
+
+# %% [markdown]
 # ## Where to go next
 #
 # Lesson 07 puts this network to work: noise, what to predict of it, and a text that guides the way back. Lesson 09

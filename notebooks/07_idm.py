@@ -1107,7 +1107,155 @@ else:
 #   expected characters with their confidence and place.
 # - Training texts are readings, truth, misreadings and nothing: the model learns how far a text can be trusted.
 # - The **OCR loss** teaches only if its gradient reaches the network. Check gradients, not logs.
+
+# %% [markdown]
+# ## Exercises
 #
+# The same tasks without solutions: [exercises/07_idm.ipynb](../exercises/07_idm.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import torch
+
+from difftsr.exercises import check, near
+from difftsr.idm import GaussianDiffusion, ScheduleConfig, alpha_bar_table
+
+
+# %% [markdown]
+# ### 1 · Drown a latent · ●○○ easy
+#
+# Write the forward marginal for a batch in which every line has a level of its own, $z_t = \sqrt{\bar\alpha_t}\, z_0 + \sqrt{1 - \bar\alpha_t}\, \varepsilon$.
+#
+# <details><summary>Hint</summary>
+#
+# A level of shape (B,) does not multiply a latent of shape (B, C, h, w) the way you want until it has four axes.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def drown(z_0: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
+    """z_t (B, C, h, w) from z_0 and noise of that shape and levels alpha_bar (B,)."""
+    ### BEGIN SOLUTION
+    ### STUB: return z_0
+    a = alpha_bar.view(-1, 1, 1, 1)
+    return a.sqrt() * z_0 + (1 - a).sqrt() * noise
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+z_0, noise = torch.randn(2, 3, 4, 4, 5, generator=torch.Generator().manual_seed(1))
+diffusion, times = GaussianDiffusion(ScheduleConfig()), torch.tensor([10, 500, 990])
+check({
+    "at a level of 0 nothing of the latent may be left": lambda: near(drown(z_0, noise, torch.zeros(3)), noise),
+    "at a level of 1 nothing may change": lambda: near(drown(z_0, noise, torch.ones(3)), z_0),
+    "independent numbers of variance 1 should keep it": lambda: near(
+        drown(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), torch.tensor([0.3])).square().sum()
+        + drown(torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), torch.tensor([0.3])).square().sum(), 1.0),
+    "each line has its own level": lambda: near(
+        drown(z_0, noise, diffusion.alpha_bar[times]), diffusion.q_sample(z_0, times, noise)),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · Back from v · ●●○ medium
+#
+# A network says $v = \alpha\,\varepsilon - \sigma z_0$, and $z_t = \alpha z_0 + \sigma\varepsilon$ with $\alpha^2 + \sigma^2 = 1$. Solve the two equations for $z_0$ and $\varepsilon$ on paper, then write them.
+#
+# <details><summary>Hint</summary>
+#
+# The two equations are a rotation of the pair ($z_0$, $\varepsilon$). How does one undo a rotation?
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def from_v(v: torch.Tensor, z_t: torch.Tensor, alpha: float, sigma: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(z_0, eps), each of the shape of z_t."""
+    ### BEGIN SOLUTION
+    ### STUB: return z_t, v
+    return alpha * z_t - sigma * v, sigma * z_t + alpha * v
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+clean, eps = torch.randn(2, 1, 2, 3, 3, generator=torch.Generator().manual_seed(2))
+check({
+    "the latent is not the one that went in": lambda: near(
+        from_v(0.6 * eps - 0.8 * clean, 0.6 * clean + 0.8 * eps, 0.6, 0.8)[0], clean),
+    "the noise is not the one that went in": lambda: near(
+        from_v(0.6 * eps - 0.8 * clean, 0.6 * clean + 0.8 * eps, 0.6, 0.8)[1], eps),
+    "in pure noise (alpha = 0) v alone must tell the latent": lambda: near(from_v(-clean, eps, 0.0, 1.0)[0], clean),
+})  # fmt: skip
+
+# %% [markdown]
+# ### 3 · Where eps-prediction explodes · ●●○ medium
+#
+# First predict: an error of .01 in the predicted noise becomes an error of how much in $z_0$, at the middle of the cosine schedule, and at its end? Then write the factor by which it grows as a function of $\bar\alpha_t$, and find the first time `t_ten` at which it exceeds 10.
+#
+# <details><summary>Hint</summary>
+#
+# Solve the forward equation for $z_0$ and look at what stands before $\varepsilon$.
+#
+# </details>
+
+# %%
+table = alpha_bar_table(ScheduleConfig(zero_terminal_snr=False))
+
+
+# %% tags=["solution", "hide-input"]
+def growth(alpha_bar: torch.Tensor) -> torch.Tensor:
+    """|error of z_0| / |error of eps|, of the shape of alpha_bar."""
+    ### BEGIN SOLUTION
+    ### STUB: return torch.ones_like(alpha_bar)
+    return ((1 - alpha_bar) / alpha_bar).sqrt()
+    ### END SOLUTION
+
+
+### BEGIN SOLUTION
+### STUB: t_ten = 0
+t_ten = int((growth(table) > 10).nonzero()[0])
+### END SOLUTION
+
+# %% tags=["check"]
+check({
+    "where signal and noise are equally strong an error should stay as it is": lambda: near(
+        growth(torch.tensor([0.5])), [1.0]),
+    "the growth is not that of z_0 = (z_t - sigma eps) / alpha": lambda: near(growth(torch.tensor([0.01])), [99**0.5]),
+    "at t_ten the growth should have passed 10": lambda: 100 < 1 / table[t_ten] - 1,
+    "and not one step before it": lambda: 1 / table[t_ten - 1] - 1 <= 100,
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 4 · A weight with a fault · ●●● hard
+#
+# Min-SNR wants the squared error *of $z_0$* weighted by the SNR, clipped to .5 … 5. The network says $v$, so the loss is an error of $v$. A colleague wrote `clipped / snr`, and training is noisy near $T$. Derive by how much an error of $v$ becomes one of $z_0$, and put the weight right.
+#
+# <details><summary>Hint</summary>
+#
+# From $z_0 = \alpha z_t - \sigma v$: a squared error of $v$ times what? Write that in terms of SNR $= \alpha^2 / \sigma^2$.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def weight_of_v(alpha_bar: torch.Tensor) -> torch.Tensor:
+    """Weight of the squared error of v, of the shape of alpha_bar (values in (0, 1))."""
+    snr = alpha_bar / (1 - alpha_bar)
+    clipped = snr.clamp(0.5, 5)
+    ### BEGIN SOLUTION
+    ### STUB: return clipped / snr
+    return clipped / (snr + 1)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check({
+    "near T the weight should stay finite and near the lower limit": lambda: near(
+        weight_of_v(torch.tensor([1e-6])), [0.5], 1e-4),
+    "at SNR 1 half of a squared error of v arrives in z_0": lambda: near(weight_of_v(torch.tensor([0.5])), [0.5]),
+    "it should be the weight of the lesson at every time": lambda: near(
+        weight_of_v(diffusion.alpha_bar[times]), diffusion.loss_weight(times, "v")),
+})  # fmt: skip
+
+# %% [markdown]
 # ## Where to go next
 #
 # Lesson 08 builds the other diffusion, over characters; lesson 11 walks back from noise to a line, in as many steps

@@ -1225,7 +1225,139 @@ plt.show()
 # * The level from which the text starts is the trust in the reader. The released code's step index makes that trust
 #   almost complete.
 # * The denoiser reads the reader's doubts and the image's columns, and starts by repeating what was read.
+
+# %% [markdown]
+# ## Exercises
 #
+# The same tasks without solutions: [exercises/08_tdm.ipynb](../exercises/08_tdm.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import torch
+
+from difftsr.exercises import check, near
+from difftsr.tdm import MultinomialDiffusion
+
+diffusion = MultinomialDiffusion(num_classes=5, timesteps=100)
+
+
+# %% [markdown]
+# ### 1 · A coin and a die · ●○○ easy
+#
+# Write $q(c_t \mid c_0)$ for probabilities, without logarithms: with probability $\bar\alpha_t$ a character stays, otherwise a fair die with $K$ sides decides. Then say how many characters of a text are *wrong* at that level. (Fewer than $1 - \bar\alpha_t$. Why?)
+#
+# <details><summary>Hint</summary>
+#
+# The die may fall on the old character.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def noised(p: torch.Tensor, alpha_bar: float) -> torch.Tensor:
+    """Probabilities (..., K) after noise of level alpha_bar, from probabilities p (..., K)."""
+    ### BEGIN SOLUTION
+    ### STUB: return p
+    return alpha_bar * p + (1 - alpha_bar) / p.shape[-1]
+    ### END SOLUTION
+
+
+def wrong_share(alpha_bar: float, num_classes: int) -> float:
+    """Expected share of characters that differ from the clean text."""
+    ### BEGIN SOLUTION
+    ### STUB: return 1 - alpha_bar
+    return (1 - alpha_bar) * (1 - 1 / num_classes)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+sure = torch.eye(5)[2]
+drawn = MultinomialDiffusion(5, 100).q_sample(torch.full((1, 40_000), 2), 60, torch.Generator().manual_seed(0))
+check({
+    "probabilities must still sum to one": lambda: near(noised(sure, 0.3).sum(), 1.0),
+    "without any signal all characters are equally likely": lambda: near(noised(sure, 0.0), [0.2] * 5),
+    "two doses of noise are one dose of the product": lambda: near(noised(noised(sure, 0.6), 0.5), noised(sure, 0.3)),
+    "a certain character is not noised as it should be": lambda: near(noised(sure, 0.5), [0.1, 0.1, 0.6, 0.1, 0.1]),
+    "the share of wrong characters is not what a draw of 40,000 shows": lambda: near(
+        wrong_share(float(diffusion.alpha_bar[60]), 5), (drawn != 2).float().mean(), 0.01),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · Bayes, by hand · ●●○ medium
+#
+# The step back when the clean character is known: $q(c_s \mid c_t, c_0) \propto q(c_t \mid c_s)\, q(c_s \mid c_0)$ for any $s < t$. From $s$ to $t$ a character survives with probability $\bar\alpha_t / \bar\alpha_s$.
+#
+# <details><summary>Hint</summary>
+#
+# Two vectors over $c_s$, multiplied and normalised. Uniform noise is symmetric: $q(c_t \mid c_s)$ seen as a function of $c_s$ has the same form as a function of $c_t$.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def step_back(c_t: int, c_0: int, *, alpha_bar_t: float, alpha_bar_s: float, num_classes: int) -> torch.Tensor:
+    """q(c_s | c_t, c_0) as probabilities (K,)."""
+    ### BEGIN SOLUTION
+    ### STUB: return torch.full((num_classes,), 1 / num_classes)
+    def around(character: int, keep: float) -> torch.Tensor:
+        return keep * torch.eye(num_classes)[character] + (1 - keep) / num_classes
+
+    p = around(c_t, alpha_bar_t / alpha_bar_s) * around(c_0, alpha_bar_s)
+    return p / p.sum()
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+log_0, log_t = (diffusion.log_onehot(torch.tensor([[c]])) for c in (3, 1))
+exact = diffusion.posterior(log_0, log_t, 70, 40).exp()[0, :, 0]
+a_t, a_s = float(diffusion.alpha_bar[70]), float(diffusion.alpha_bar[40])
+check({
+    "it is no distribution over K characters": lambda: near(
+        step_back(1, 3, alpha_bar_t=0.2, alpha_bar_s=0.5, num_classes=7).sum(), 1.0),
+    "at s = -1 (alpha_bar_s = 1) only the clean character is possible": lambda: near(
+        step_back(1, 3, alpha_bar_t=0.2, alpha_bar_s=1.0, num_classes=5), torch.eye(5)[3]),
+    "without noise between s and t the character must stay": lambda: near(
+        step_back(1, 3, alpha_bar_t=0.2, alpha_bar_s=0.2, num_classes=5), torch.eye(5)[1]),
+    "a leap from 70 to 40 comes out wrong": lambda: near(
+        step_back(1, 3, alpha_bar_t=a_t, alpha_bar_s=a_s, num_classes=5), exact, 1e-4),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · The right rule for a guess · ●●● hard
+#
+# A network trained by cross-entropy gives $p(c_0 \mid c_t)$. Then $p(c_s \mid c_t) = \sum_{c_0} p(c_0 \mid c_t)\, q(c_s \mid c_t, c_0)$. Write this sum with `diffusion.posterior`, which is exact for a *known* $c_0$. Afterwards compare with `diffusion.posterior` called on the guess itself: how far apart are the two, and which of them is the released code's?
+#
+# <details><summary>Hint</summary>
+#
+# Call the posterior once for each of the $K$ characters (`diffusion.log_onehot`), and weigh the answers.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def back_from_a_guess(log_p0: torch.Tensor, log_x_t: torch.Tensor, t: int, s: int) -> torch.Tensor:
+    """p(c_s | c_t), probabilities (B, K, n), from ln p(c_0 | c_t) (B, K, n) and the one-hot ln x_t."""
+    ### BEGIN SOLUTION
+    ### STUB: return diffusion.posterior(log_p0, log_x_t, t, s).exp()
+    total = torch.zeros_like(log_p0)
+    for c_0 in range(log_p0.shape[1]):
+        known = diffusion.log_onehot(torch.full((log_p0.shape[0], log_p0.shape[2]), c_0))
+        total += log_p0[:, c_0 : c_0 + 1].exp() * diffusion.posterior(known, log_x_t, t, s).exp()
+    return total
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+guess = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(4)).mul(2).log_softmax(1)
+text_t = diffusion.log_onehot(torch.tensor([[0, 1, 2], [3, 4, 0]]))
+check({
+    "each position needs probabilities that sum to one": lambda: near(
+        back_from_a_guess(guess, text_t, 80, 20).sum(1), torch.ones(2, 3)),
+    "a leap to the end (s = -1) must give the guess itself": lambda: near(
+        back_from_a_guess(guess, text_t, 80, -1), guess.exp(), 1e-4),
+    "this is not the mixture; is it the plug-in?": lambda: near(
+        back_from_a_guess(guess, text_t, 80, 20), diffusion.posterior_mixture(guess, text_t, 80, 20).exp(), 1e-4),
+})  # fmt: skip
+
+# %% [markdown]
 # ## Where to go next
 #
 # Lesson 09 lets both diffusions see each other. Lesson 11 runs them together. The source of the method is section 4

@@ -584,7 +584,157 @@ assert sum(after) > sum(before)
 #   target.
 # * The text moves first, and the image is told the predicted clean text.
 # * Frozen means no gradients and evaluation mode.
+
+# %% [markdown]
+# ## Exercises
 #
+# The same tasks without solutions: [exercises/09_mom.ipynb](../exercises/09_mom.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import torch
+from torch import nn
+
+from difftsr.exercises import check, near
+from difftsr.mom import noised_reading
+from difftsr.recognizer import Reading
+
+
+# %% [markdown]
+# ### 1 · What is known at time t · ●○○ easy
+#
+# The noised character $c_t$ is the original one with probability $\bar\alpha_t$; for the rest there is what the reader said. Write the belief about one position as probabilities over all $K$ classes.
+#
+# <details><summary>Hint</summary>
+#
+# Two parts, weighted by $\bar\alpha_t$ and $1 - \bar\alpha_t$. If both name the same character, its parts add up.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def belief(c_t: int, read: torch.Tensor, alpha_bar: float) -> torch.Tensor:
+    """Probabilities (K,) from a noised class, the reader's probabilities (K,) and the level."""
+    ### BEGIN SOLUTION
+    ### STUB: return read
+    p = (1 - alpha_bar) * read
+    p[c_t] += alpha_bar
+    return p
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+read = torch.tensor([0.0, 0.1, 0.6, 0.3])
+reader = Reading(torch.tensor([[[2, 3, 1]]]), torch.tensor([[[0.6, 0.3, 0.1]]]), torch.zeros(1, 1))
+joined = noised_reading(torch.tensor([[2]]), reader, torch.tensor([0.25]))
+check({
+    "probabilities should sum to 1": lambda: near(belief(3, read, 0.4).sum(), 1.0),
+    "in pure noise only the reader is left": lambda: near(belief(1, read, 0.0), read),
+    "without noise c_t is the text": lambda: near(belief(1, read, 1.0), [0.0, 1.0, 0.0, 0.0]),
+    "the reader's own probabilities must not be changed": lambda: belief(0, read, 0.5) is not None
+    and near(read, [0.0, 0.1, 0.6, 0.3]),
+    "it is not what the lesson's reading says": lambda: near(
+        belief(2, read, 0.25), torch.zeros(4).scatter_add(0, joined.tokens[0, 0], joined.probs[0, 0])),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · Frozen, really · ●●○ medium
+#
+# In the joint stage all networks but MoM are frozen. `requires_grad_(False)` alone lets something change in a network with batch norm. Write a `freeze` after which *nothing* changes.
+#
+# <details><summary>Hint</summary>
+#
+# Parameters are learned, buffers are *counted*. What decides whether a batch norm counts?
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def freeze(network: nn.Module) -> None:
+    """Make sure that neither an optimizer nor a forward pass changes the network."""
+    ### BEGIN SOLUTION
+    ### STUB: network.requires_grad_(False)
+    network.requires_grad_(False)
+    network.eval()
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+def frozen(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5))
+    freeze(network)
+    return network
+
+
+def changed_by_use(network: nn.Module) -> bool:
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    network(torch.ones(2, 3, 4, 4))
+    return any(not torch.equal(before[k], v) for k, v in network.state_dict().items())
+
+
+def answers_alike(network: nn.Module) -> bool:
+    return torch.equal(network(torch.ones(1, 3, 2, 2)), network(torch.ones(1, 3, 2, 2)))
+
+
+def lets_gradients_through(network: nn.Module) -> bool:
+    x = torch.ones(1, 3, 2, 2, requires_grad=True)
+    network(x).sum().backward()
+    return x.grad is not None
+
+
+check({
+    "some parameter still asks for a gradient": lambda: not any(p.requires_grad for p in frozen().parameters()),
+    "a forward pass still changes something": lambda: not changed_by_use(frozen()),
+    "the same input gives two different answers": lambda: answers_alike(frozen()),
+    "the gradient must still flow through it to what comes before": lambda: lets_gradients_through(frozen()),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · A start that never starts · ●●● hard
+#
+# A new branch should begin as exactly nothing, and then learn. A colleague set *all* layers of the branch to zero: the start is right, and nothing is ever learned. Compute by hand, with the chain rule, which gradients vanish. Then initialise it so that the output is zero and the loss still moves it.
+#
+# <details><summary>Hint</summary>
+#
+# The gradient of a layer's weight is (what comes in) × (what comes back through the layers after it). At most one of the two may be zero for at least one layer.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def start(first: nn.Conv2d, last: nn.Conv2d) -> None:
+    """Initialise a branch last(silu(first(x))) in place."""
+    ### BEGIN SOLUTION
+    ### STUB: for parameter in (*first.parameters(), *last.parameters()):
+    ### STUB:     nn.init.zeros_(parameter)
+    for parameter in last.parameters():
+        nn.init.zeros_(parameter)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+def branch() -> nn.Sequential:
+    torch.manual_seed(3)
+    first, last = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 2, 1, bias=False)
+    start(first, last)
+    return nn.Sequential(first, nn.SiLU(), last)
+
+
+def loss_after(steps: int) -> float:
+    network, x = branch(), torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    for _ in range(steps):
+        gradients = torch.autograd.grad((network(x) - x).square().mean(), list(network.parameters()))
+        for parameter, gradient in zip(network.parameters(), gradients):
+            parameter.data -= 0.5 * gradient
+    return (network(x) - x).square().mean().item()
+
+
+check({
+    "the branch should add exactly nothing at first": lambda: not branch()(torch.ones(1, 2, 5, 5)).any(),
+    "after fifty steps it has learned nothing": lambda: loss_after(50) < 0.7 * loss_after(0),
+    "the first layer never gets a gradient": lambda: bool(branch()[0].weight.any()),
+})  # fmt: skip
+
+# %% [markdown]
 # ## Where to go next
 #
 # Lesson 10 puts the five networks together and saves them; lesson 11 runs both diffusions to the end.

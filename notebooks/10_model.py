@@ -541,7 +541,143 @@ with tempfile.TemporaryDirectory() as scratch:
 # - One plain dataclass holds every size; presets fill it in, JSON carries it.
 # - `DiffTSR` is five attributes, `vae`, `recognizer`, `idm`, `tdm`, `mom`, and the alphabet that numbers their classes.
 # - A folder of weights is settings, alphabet, glyphs and named tensors. Nothing is unpickled; nothing is guessed.
+
+# %% [markdown]
+# ## Exercises
 #
+# The same tasks without solutions: [exercises/10_model.ipynb](../exercises/10_model.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import dataclasses
+import json
+
+import torch
+from torch import nn
+
+from difftsr.exercises import check, near
+
+
+# %% [markdown]
+# ### 1 · Megabytes · ●○○ easy
+#
+# How many megabytes ($10^6$ bytes) is a network on disk, if parameters are kept as float16 and buffers as they are? Predict first: 20 million parameters are …?
+#
+# <details><summary>Hint</summary>
+#
+# `numel()` for parameters; `numel() * element_size()` for buffers.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def megabytes(network: nn.Module) -> float:
+    """Size of all numbers of a network, parameters in float16."""
+    ### BEGIN SOLUTION
+    ### STUB: return 0.0
+    halves = sum(p.numel() for p in network.parameters())
+    return (2 * halves + sum(b.numel() * b.element_size() for b in network.buffers())) / 1e6
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check({
+    "a linear layer of 1,000 x 1,000 without bias has two megabytes": lambda: near(
+        megabytes(nn.Linear(1000, 1000, bias=False)), 2.0),
+    "the bias counts too": lambda: near(megabytes(nn.Linear(3, 1000)), 0.008),
+    "a batch norm has buffers, which keep their own types": lambda: near(
+        megabytes(nn.BatchNorm1d(1000)), (2 * 2 * 1000 + 2 * 4 * 1000 + 8) / 1e6, 1e-9),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · There and back through JSON · ●●○ medium
+#
+# JSON knows no tuples: `(128, 512)` comes back as a list, and two settings that say the same are no longer equal. Rebuild a flat dataclass from what JSON made of it, with lists turned into tuples. A name that the class does not have must be a `ValueError` that shows it.
+#
+# <details><summary>Hint</summary>
+#
+# `{f.name for f in dataclasses.fields(kind)}` are the known names.
+#
+# </details>
+
+# %%
+@dataclasses.dataclass
+class Canvas:
+    """Settings to try it with."""
+
+    size: tuple[int, int] = (128, 512)
+    name: str = "classroom"
+
+
+# %% tags=["solution", "hide-input"]
+def rebuild(kind: type, values: dict):
+    """An object of the dataclass `kind`."""
+    ### BEGIN SOLUTION
+    ### STUB: return kind()
+    if unknown := set(values) - {f.name for f in dataclasses.fields(kind)}:
+        raise ValueError(f"{kind.__name__} has no setting {', '.join(sorted(unknown))}")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+def complaint(values: dict) -> str:
+    try:
+        return f"no error, but {rebuild(Canvas, values)}"
+    except ValueError as error:
+        return str(error)
+
+
+there = Canvas((32, 128), "mine")
+check({
+    "the object is not equal to the one that went through JSON": lambda: rebuild(
+        Canvas, json.loads(json.dumps(dataclasses.asdict(there)))) == there,
+    "its size should be a tuple": lambda: isinstance(rebuild(Canvas, {"size": [1, 2]}).size, tuple),
+    "what is not said should keep its default": lambda: rebuild(Canvas, {"name": "x"}) == Canvas(name="x"),
+    "a setting that does not exist should be refused by name": lambda: "hight" in complaint({"hight": 3})
+    and not complaint({"hight": 3}).startswith("no error"),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · Strict, with a reason · ●●● hard
+#
+# `load_state_dict(strict=False)` fills what it can and keeps silent about the rest. Find everything that does not fit between a network and a file: keys that are missing, keys that are unknown, keys of another shape.
+#
+# <details><summary>Hint</summary>
+#
+# Compare two dictionaries of shapes, both ways.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def misfits(network: nn.Module, tensors: dict[str, torch.Tensor]) -> tuple[list[str], list[str], list[str]]:
+    """(missing, unknown, of another shape), each sorted."""
+    ### BEGIN SOLUTION
+    ### STUB: return [], [], []
+    own = network.state_dict()
+    missing = sorted(set(own) - set(tensors))
+    unknown = sorted(set(tensors) - set(own))
+    shapes = sorted(k for k in set(own) & set(tensors) if own[k].shape != tensors[k].shape)
+    return missing, unknown, shapes
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+whole = network.state_dict()
+check({
+    "a file of the same network fits": lambda: misfits(network, whole) == ([], [], []),
+    "what the file lacks should be named": lambda: misfits(network, {k: v for k, v in whole.items() if k != "0.bias"})
+    == (["0.bias"], [], []),
+    "a buffer counts as well as a parameter": lambda: misfits(
+        network, {k: v for k, v in whole.items() if "running" not in k})[0] == ["1.running_mean", "1.running_var"],
+    "what the file has too much should be named": lambda: misfits(network, whole | {"2.weight": torch.ones(1)})[1]
+    == ["2.weight"],
+    "shapes that only broadcast do not fit": lambda: misfits(network, whole | {"0.bias": torch.ones(1)})
+    == ([], [], ["0.bias"]),
+})  # fmt: skip
+
+# %% [markdown]
 # ## Where to go next
 #
 # Lesson 11 samples from the model, lesson 12 restores files with it, lesson 13 trains it.

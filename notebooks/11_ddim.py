@@ -880,7 +880,126 @@ for kind in ("full", "baseline"):
 # - Few steps return the right mean and too little variety; the exact shares are known, and the noise schedule matters.
 # - Text and image take turns, text first; the image is conditioned on the predicted clean text with its probabilities.
 # - Every line owns its random numbers.
+
+# %% [markdown]
+# ## Exercises
 #
+# The same tasks without solutions: [exercises/11_ddim.ipynb](../exercises/11_ddim.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import math
+
+import torch
+
+from difftsr.exercises import check, near
+from difftsr.idm import ScheduleConfig, alpha_bar_table
+from difftsr.sampling import ddim_step, timesteps
+
+table = alpha_bar_table(ScheduleConfig())
+
+
+# %% [markdown]
+# ### 1 · Times that end at noise · ●○○ easy
+#
+# Write trailing spacing: exactly $S$ different times, the first of all $T - 1$, as evenly as whole numbers allow. Mind $S = 7$ and $S = 300$, where the published code gives eight times and an error.
+#
+# <details><summary>Hint</summary>
+#
+# Think of $T k / S - 1$ for $k = S, S - 1, \dots, 1$, rounded down.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def trailing(steps: int, total: int) -> list[int]:
+    """The times in descending order."""
+    ### BEGIN SOLUTION
+    ### STUB: return list(range(0, total, total // steps))[::-1]
+    return [total * k // steps - 1 for k in range(steps, 0, -1)]
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check({
+    "sampling must begin at the last time, T - 1": lambda: trailing(20, 1000)[0] == 999,
+    "exactly S different times are wanted, for every S": lambda: all(
+        len(set(trailing(s, 1000))) == len(trailing(s, 1000)) == s for s in (1, 7, 30, 300, 1000)),
+    "the leaps differ by more than one": lambda: len(
+        {a - b for a, b in zip(trailing(300, 1000), trailing(300, 1000)[1:])}) <= 2,
+    "they are not the times of the lesson": lambda: trailing(7, 1000) == timesteps(7, 1000),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · A leap from two predictions · ●●○ medium
+#
+# DDIM takes the estimates of the clean latent and of the noise at time $t$ and mixes them anew at the level of $s$, without fresh noise ($\eta = 0$). Write that step from $z_t$ and $\hat\varepsilon$ alone: first the $\hat z_0$ that they imply, then $z_s$.
+#
+# <details><summary>Hint</summary>
+#
+# $\hat z_0 = (z_t - \sqrt{1 - \bar\alpha_t}\,\hat\varepsilon) / \sqrt{\bar\alpha_t}$, then the forward equation at level $\bar\alpha_s$ with $\hat\varepsilon$ in place of the noise.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def leap(z_t: torch.Tensor, eps: torch.Tensor, *, alpha_bar_t: float, alpha_bar_s: float) -> torch.Tensor:
+    """z_s of the shape of z_t."""
+    ### BEGIN SOLUTION
+    ### STUB: return z_t
+    z_0 = (z_t - math.sqrt(1 - alpha_bar_t) * eps) / math.sqrt(alpha_bar_t)
+    return math.sqrt(alpha_bar_s) * z_0 + math.sqrt(1 - alpha_bar_s) * eps
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+clean, eps = torch.randn(2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+a_t, a_s = float(table[700]), float(table[300])
+z_t = math.sqrt(a_t) * clean + math.sqrt(1 - a_t) * eps
+check({
+    "a leap to the end (alpha_bar_s = 1) must leave no noise": lambda: near(
+        leap(z_t, eps, alpha_bar_t=a_t, alpha_bar_s=1.0), clean),
+    "a leap to the same level must change nothing": lambda: near(leap(z_t, eps, alpha_bar_t=a_t, alpha_bar_s=a_t), z_t),
+    "two leaps with the same noise should land where one lands": lambda: near(
+        leap(leap(z_t, eps, alpha_bar_t=a_t, alpha_bar_s=0.5), eps, alpha_bar_t=0.5, alpha_bar_s=a_s),
+        leap(z_t, eps, alpha_bar_t=a_t, alpha_bar_s=a_s)),
+    "it is not the step of the lesson": lambda: near(
+        leap(z_t, eps, alpha_bar_t=a_t, alpha_bar_s=a_s), ddim_step(clean, eps, 700, s=300, alpha_bar=table)),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · How much variety survives · ●●○ medium
+#
+# Let the latents of all sharp lines that fit be Gaussian with mean 0 and standard deviation .3. The *exact* denoiser is then $\hat z_0 = z_t\, \alpha_t .3^2 / (\alpha_t^2 .3^2 + \sigma_t^2)$. Predict which share of .3 is left after 4 steps, and after 20. Then let a number of standard deviation 1 run through the loop; because every step is linear, one number tells all.
+#
+# <details><summary>Hint</summary>
+#
+# For each time and the next (−1 after the last): $\hat z_0$ by the formula, $\hat\varepsilon$ from the forward equation, then `ddim_step(z_0, eps, t, s=s, alpha_bar=table)` from $z = 1$.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def share_left(steps: int, std: float = 0.3) -> float:
+    """Standard deviation after `steps` steps with the exact denoiser, as a share of the true one."""
+    ### BEGIN SOLUTION
+    ### STUB: return 1.0
+    z, times = torch.ones((), dtype=torch.float64), timesteps(steps, len(table))
+    for t, s in zip(times, [*times[1:], -1]):
+        a, variance = table[t], table[t] * std**2 + 1 - table[t]
+        z_0 = z * a.sqrt() * std**2 / variance
+        z = ddim_step(z_0, (z - a.sqrt() * z_0) / (1 - a).sqrt(), t, s=s, alpha_bar=table)
+    return float(z) / std
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check({
+    "one step from pure noise can only give the mean": lambda: near(share_left(1), 0.0),
+    "more steps should bring back more": lambda: share_left(4) < share_left(10) < share_left(20) < 1,
+    "with a thousand steps hardly anything should be lost": lambda: share_left(1000) > 0.99,
+    "four steps do not leave what the lesson's figure shows": lambda: near(share_left(4), 0.54, 0.01),
+})  # fmt: skip
+
+# %% [markdown]
 # ## Where to go next
 #
 # Lesson 12 turns `sample` into something that takes any image file. Lesson 16 asks how few steps are enough, and measures it.

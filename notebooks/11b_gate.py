@@ -486,13 +486,128 @@ print(f"limit on the twelve sample lines: {mismatch_limit(measured):.2f}")
 # - What cannot be known from the input may be invented; what can be known must not be changed. The pitch of the input's pixels is the border between the two.
 # - A clear reading is protected, a changed one must be surer, and a line that became less legible is taken back.
 # - The gate is tested with the identity, noise, a liar and the truth, and decides with our own recogniser alone.
-#
+
+# %% [markdown]
 # ## Exercises
 #
-# 1. *Easy.* Send the lie through a gate with `certain=1.01` and `surer=-1`. Which of the three questions still stops it?
-# 2. *Middle.* The mismatch of the truth is not 0, because the photograph was blurred by more than its pitch. Estimate that blur from the pair by trying ten values of $\sigma$, and see how far the mismatch can fall.
-# 3. *Hard.* Replace the hard thresholds by one smooth function of $p_x$, $p_y$ and $e$. What do you lose in explaining a decision to a user?
+# The same tasks without solutions: [exercises/11b_gate.ipynb](../exercises/11b_gate.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import torch
+
+import difftsr.gate as lesson
+from difftsr.exercises import check, near
+
+
+# %% [markdown]
+# ### 1 · Whose column is it? · ●○○ easy
 #
+# Characters have centres between 0 (left) and 1 (right). Divide the columns of a line among them: each reaches half-way to its neighbours, the first and the last to the borders.
+#
+# <details><summary>Hint</summary>
+#
+# Edges: 0, the rounded means of neighbouring centres times the width, the width. `zip(edges[:-1], edges[1:])` pairs them.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def territories(centers: list[float], width: int) -> list[tuple[int, int]]:
+    """Columns [first, last) of each character, from ascending centres."""
+    ### BEGIN SOLUTION
+    ### STUB: return [(0, width) for _ in centers]
+    between = [round((a + b) / 2 * width) for a, b in zip(centers, centers[1:])]
+    edges = [0, *between, width]
+    return list(zip(edges[:-1], edges[1:]))
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+places = [0.1, 0.25, 0.7]
+check({
+    "a single character has the whole line": lambda: list(territories([0.3], 64)) == [(0, 64)],
+    "every column should belong to exactly one character": lambda: [
+        c for a, b in territories(places, 100) for c in range(a, b)] == list(range(100)),
+    "the border between two is not half-way": lambda: near(
+        torch.tensor(territories(places, 100)), torch.tensor(lesson.spans(torch.tensor(places), 100))),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · May it be changed? · ●●○ medium
+#
+# A character was read as one thing before restoration, with certainty $p_x$, and as another after it, with $p_y$. Write the rule: a reading of at least .9 is never changed; one below .5 is worth nothing; otherwise the new one must be surer by .15. (A new reading of something worth nothing needs .15 as well.)
+#
+# <details><summary>Hint</summary>
+#
+# Needed is .15 plus what the old reading is worth.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def may_change(p_x: float, p_y: float) -> bool:
+    """Whether the restored character is let through."""
+    ### BEGIN SOLUTION
+    ### STUB: return p_y > p_x
+    worth = p_x if p_x >= 0.5 else 0.0
+    return p_x < 0.9 and p_y >= worth + 0.15
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check({
+    "what was clear may never be changed": lambda: not may_change(0.9, 1.0) and not may_change(0.95, 0.99),
+    "a little surer is not sure enough": lambda: not may_change(0.6, 0.7),
+    "clearly surer is enough": lambda: may_change(0.6, 0.8) and may_change(0.5, 0.66),
+    "what was hardly read may be changed easily": lambda: may_change(0.45, 0.3),
+    "even then the new reading must say something": lambda: not may_change(0.45, 0.1),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · What can be known · ●●● hard
+#
+# Strokes finer than the input's pixels may be invented; what is coarser must agree with the input. Write a disagreement that follows this border: blur the difference of the two canvases by the pixel pitch, take the root of its mean square, and divide by the contrast (standard deviation) of the equally blurred input. Then try it on a change of one column and on a change of a whole character.
+#
+# <details><summary>Hint</summary>
+#
+# `lesson.blur(images, (sigma, sigma))` takes (B, 3, H, W). The contrast makes a faint line as strict as a bold one.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def disagreement(restored: torch.Tensor, lr: torch.Tensor, pitch: float) -> float:
+    """How little two canvases (1, 3, H, W) agree at a resolution of `pitch` pixels."""
+    ### BEGIN SOLUTION
+    ### STUB: return float((restored - lr).square().mean().sqrt())
+    difference = lesson.blur(restored - lr, (pitch, pitch))
+    return float(difference.square().mean().sqrt() / lesson.blur(lr, (pitch, pitch)).std())
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+canvas = torch.ones(1, 3, 32, 128)
+canvas[..., 8:24, 20:40] = canvas[..., 8:24, 80:100] = -1
+comb = torch.tensor([0.5, -0.5]).repeat(64) * torch.hann_window(128)  # a change from pixel to pixel
+gone = canvas.clone()
+gone[..., 80:100] = 1  # a character less
+check({
+    "a line agrees with itself": lambda: disagreement(canvas, canvas, 4.0) == 0,
+    "what changes from pixel to pixel cannot be known at a pitch of 4": lambda: disagreement(
+        canvas + comb, canvas, 4.0) < 0.05,
+    "a lost character must show at any pitch": lambda: disagreement(gone, canvas, 4.0) > 0.4
+    and disagreement(gone, canvas, 1.0) > 0.4,
+    "half the contrast, half the change: the same disagreement": lambda: near(
+        disagreement(gone / 2, canvas / 2, 3.0), disagreement(gone, canvas, 3.0), 1e-3),
+})  # fmt: skip
+
+# %% [markdown]
+# ### Questions to think about
+#
+# - Send the lie of this lesson through a gate with `certain=1.01` and `surer=-1`. Which of the three questions still stops it?
+# - The mismatch of the truth is not 0, because the photograph was blurred by more than its pitch. Try ten values of $\sigma$ and see how far the mismatch can fall.
+# - Replace the hard thresholds by one smooth function of $p_x$, $p_y$ and $e$. What do you lose in explaining a decision to a user?
+
+# %% [markdown]
 # ## Where to go next
 #
 # Lesson 12 puts the sampler and this gate behind one call and one command.

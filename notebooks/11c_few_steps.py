@@ -382,13 +382,136 @@ for name in ("more of the same", "few steps"):
 # - One step gives the mean of what fits; a loss in pixels that looks at edges makes it decide.
 # - Later steps are trained on what the model itself did before, not on what it should have done.
 # - Speed is paid for with variety. Whoever wants many different answers takes many steps of a model that was not tuned.
-#
+
+# %% [markdown]
 # ## Exercises
 #
-# 1. *Easy.* Set `lpips=0`. Which of the two numbers falls, which rises? Look at the picture.
-# 2. *Middle.* Train the second step on noised sharp latents (`q_sample`) instead of `arrive`. How much worse are two steps than one?
-# 3. *Hard.* Keep the student good at sixteen steps: mix half of its batches with the loss of lesson 07. What does it cost at one step?
+# The same tasks without solutions: [exercises/11c_few_steps.ipynb](../exercises/11c_few_steps.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import numpy as np
+import torch
+
+from difftsr import sampling
+from difftsr.exercises import check, near
+
+
+# %% [markdown]
+# ### 1 · Undecided or decided · ●○○ easy
 #
+# In one step a network must give a single answer to a question with many right ones. A pixel is black (0) in three of ten sharp lines that fit, and white (1) in the others. Which single value has the least mean *squared* error, and which the least mean *absolute* error? Write both for any list of possible values.
+#
+# <details><summary>Hint</summary>
+#
+# You know both by name. Which of them is never grey here?
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def best_answers(values: list[float]) -> tuple[float, float]:
+    """(the best for squared, the best for absolute errors) where all values are equally likely."""
+    ### BEGIN SOLUTION
+    ### STUB: return values[0], values[0]
+    return float(np.mean(values)), float(np.median(values))
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+def best_of_a_hundred(values: list[float], power: int) -> float:
+    grid = np.linspace(0, 1, 101)
+    return grid[np.argmin([np.mean(np.abs(g - np.array(values)) ** power) for g in grid])]
+
+
+pixel, three = [0.0] * 3 + [1.0] * 7, [0.1, 0.2, 0.9]
+check({
+    "where all agree there is nothing to choose": lambda: near(best_answers([0.4, 0.4]), [0.4, 0.4]),
+    "another value has a smaller squared error": lambda: all(
+        near(best_answers(v)[0], best_of_a_hundred(v, 2)) for v in (pixel, three)),
+    "another value has a smaller absolute error": lambda: all(
+        near(best_answers(v)[1], best_of_a_hundred(v, 1)) for v in (pixel, three)),
+})  # fmt: skip
+
+# %% [markdown]
+# ### 2 · Where the second step starts · ●●○ medium
+#
+# A model says only 80 % of the clean latent: $\hat z_0 = .8\, z_0$, whatever the noise. In a restoration of two steps, where does it stand before the second one, if it starts from zero noise ($z_T = 0$, $\bar\alpha = 0$)? Compare with what `q_sample` would give for the same noise: that is the gap between training and use which the lesson closes.
+#
+# <details><summary>Hint</summary>
+#
+# `sampling.timesteps(2, T)` gives both times. The first step is `sampling.ddim_step` with $\hat z_0$ and the $\hat\varepsilon$ that the forward equation implies at $\bar\alpha_T = 0$.
+#
+# </details>
+
+# %%
+table = torch.cos(torch.linspace(0, 1, 1000, dtype=torch.float64) * torch.pi / 2) ** 2
+table[-1] = 0  # nothing of the latent is left at the last time
+
+
+# %% tags=["solution", "hide-input"]
+def before_second(z_0: torch.Tensor, share: float = 0.8) -> tuple[torch.Tensor, torch.Tensor]:
+    """(where the model stands, where `q_sample` would put it without noise), both of the shape of z_0."""
+    ### BEGIN SOLUTION
+    ### STUB: return z_0, z_0
+    t, s = sampling.timesteps(2, len(table))
+    arrived = sampling.ddim_step(share * z_0, torch.zeros_like(z_0), t, s=s, alpha_bar=table)
+    return arrived, table[s].sqrt() * z_0
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+z_0 = torch.randn(1, 2, 3, 3, generator=torch.Generator().manual_seed(0)).double()
+check({
+    "the shape of the latent is lost": lambda: before_second(z_0)[0].shape == before_second(z_0)[1].shape == z_0.shape,
+    "a perfect model would stand where training put it": lambda: near(*before_second(z_0, 1.0)),
+    "the gap is not the missing fifth": lambda: near(before_second(z_0)[0], 0.8 * before_second(z_0)[1]),
+    "half-way in time about half of the variance is left": lambda: near(
+        before_second(z_0)[1].square().sum() / z_0.square().sum(), 0.5, 0.01),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · Learn from the last step alone · ●●● hard
+#
+# A student is trained on its own second step, but the way there is taken *without* gradient: it should become right from wherever it arrives, not learn to arrive somewhere convenient. Here the model is one number $w$, each step makes $w z$ of $z$. A colleague's gradient is $2 w z$. Derive the wanted one, and repair the code.
+#
+# <details><summary>Hint</summary>
+#
+# The first step is a constant for the gradient: `detach`, or `torch.no_grad()`.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def two_steps(w: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """The result of two steps, whose gradient comes from the second alone."""
+    ### BEGIN SOLUTION
+    ### STUB: return w * (w * z)
+    with torch.no_grad():
+        z = w * z
+    return w * z
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+def slope(w: float, z: float) -> torch.Tensor:
+    weight = torch.tensor(w, requires_grad=True)
+    return torch.autograd.grad(two_steps(weight, torch.tensor(z)), weight)[0]
+
+
+check({
+    "the result itself must not change": lambda: near(two_steps(torch.tensor(0.5), torch.tensor(8.0)), 2.0),
+    "a gradient should still come back": lambda: slope(0.5, 8.0) != 0,
+    "the first step still takes part in the gradient": lambda: near(slope(0.5, 8.0), 4.0)
+    and near(slope(3.0, 2.0), 6.0),
+})  # fmt: skip
+
+# %% [markdown]
+# ### Questions to think about
+#
+# - Set `lpips=0` in the training of this lesson. Which of the two numbers falls, which rises? Look at the picture.
+# - Train the second step on noised sharp latents (`q_sample`) instead of `arrive`. How much worse are two steps than one?
+# - Keep the student good at sixteen steps: mix half of its batches with the loss of lesson 07. What does it cost at one step?
+
+# %% [markdown]
 # ## Where to go next
 #
 # Lesson 12 restores any image file with it. `python -m difftsr.train --stage few-step` (lesson 13) is what made the weights of this project fast.

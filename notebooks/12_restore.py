@@ -673,7 +673,129 @@ if __name__ == "__main__" and "__file__" in globals():
 # - Look at an image file as it is: turn it, put it on white, scale 16 bits down, and refuse what is no line with a sentence that helps.
 # - Stretch to the canvas, restore, undo the stretch; round.
 # - `restore` for one line, `restore_batch` for many, `python -m difftsr.restore` for a folder. Same seed, same bytes.
+
+# %% [markdown]
+# ## Exercises
 #
+# The same tasks without solutions: [exercises/12_restore.ipynb](../exercises/12_restore.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import numpy as np
+import PIL.ImageOps
+from PIL import Image
+
+from difftsr.exercises import check, near
+
+
+# %% [markdown]
+# ### 1 · Back to bytes · ●○○ easy
+#
+# Turn a canvas in $[-1, 1]$ into bytes. Predict how dark a picture gets on the average if one truncates instead of rounding, then measure it with both.
+#
+# <details><summary>Hint</summary>
+#
+# −1 becomes 0 and 1 becomes 255. Networks overshoot: what does `astype(np.uint8)` make of 256.3?
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def to_bytes(x: np.ndarray) -> np.ndarray:
+    """Floats, mostly in [-1, 1], as uint8 of the same shape."""
+    ### BEGIN SOLUTION
+    ### STUB: return ((x + 1) * 127.5).astype(np.uint8)
+    return np.clip(np.rint((x + 1) * 127.5), 0, 255).astype(np.uint8)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+shades = np.linspace(-1, 1, 10_001)
+check({
+    "bytes are wanted": lambda: to_bytes(shades).dtype == np.uint8 and to_bytes(shades).shape == shades.shape,
+    "every byte must survive the way there and back": lambda: near(
+        to_bytes(np.arange(256) / 127.5 - 1), np.arange(256)),
+    "what overshoots should stay at the limit": lambda: near(to_bytes(np.array([-1.2, 1.01])), [0, 255]),
+    "pictures become darker or brighter on the average": lambda: abs(
+        np.mean(to_bytes(shades) - (shades + 1) * 127.5)) < 0.01,
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · Transparent means white · ●●○ medium
+#
+# A screenshot with transparency, drawn by a program that drops the alpha channel, shows whatever colours lie under it: often black on black. Put it on white.
+#
+# <details><summary>Hint</summary>
+#
+# $a \cdot \text{colour} + (1 - a) \cdot 255$ with $a = \text{alpha} / 255$. In which type must this be computed? And round.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def on_white(rgba: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 4) -> uint8 (H, W, 3)."""
+    ### BEGIN SOLUTION
+    ### STUB: return rgba[..., :3]
+    a = rgba[..., 3:].astype(np.float64) / 255
+    return np.rint(a * rgba[..., :3] + (1 - a) * 255).astype(np.uint8)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+picture = np.random.default_rng(0).integers(0, 256, size=(6, 9, 4), dtype=np.uint8)
+picture[0, :, 3], picture[1, :, 3] = 0, 255
+composed = np.asarray(Image.alpha_composite(Image.new("RGBA", (9, 6), "white"), Image.fromarray(picture)))[..., :3]
+check({
+    "three channels of bytes are wanted": lambda: on_white(picture).shape == (6, 9, 3)
+    and on_white(picture).dtype == np.uint8,
+    "what is fully transparent should be white": lambda: (on_white(picture)[0] == 255).all(),
+    "what is opaque should keep its colour": lambda: (on_white(picture)[1] == picture[1, :, :3]).all(),
+    "in between it is not what Pillow composes": lambda: np.abs(on_white(picture).astype(int) - composed).max() <= 1,
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · The camera was held sideways · ●●● hard
+#
+# A camera stores the picture as its sensor lay, and a number 1 … 8 that says how to turn it: 1 as it is, 2 mirrored left to right, 3 turned by 180°, 4 mirrored top to bottom, 5 transposed, 6 to be turned by 90° clockwise, 7 transposed along the other diagonal, 8 to be turned by 90° counter-clockwise. A line of text read at the wrong one is no text. Write all eight.
+#
+# <details><summary>Hint</summary>
+#
+# With mirroring (`x[:, ::-1]`) and transposing (`x.swapaxes(0, 1)`) you can write all of them, or use `np.rot90`, which turns counter-clockwise. 7 is a transposition followed by 180°.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def upright(image: np.ndarray, orientation: int) -> np.ndarray:
+    """The picture (H, W, 3) as it should be seen."""
+    ### BEGIN SOLUTION
+    ### STUB: return image
+    turned = image.swapaxes(0, 1) if orientation in (5, 7) else image
+    turns = {3: 2, 6: 3, 7: 2, 8: 1}.get(orientation, 0)
+    mirrored = {2: turned[:, ::-1], 4: turned[::-1]}.get(orientation, turned)
+    return np.rot90(mirrored, turns)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+def by_pillow(image: np.ndarray, orientation: int) -> np.ndarray:
+    photo = Image.fromarray(image)
+    photo.getexif()[0x0112] = orientation
+    return np.asarray(PIL.ImageOps.exif_transpose(photo))
+
+
+scene = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+check({
+    "1 means: as it is": lambda: near(upright(scene, 1), scene),
+    "5 to 8 exchange width and height": lambda: all(upright(scene, k).shape == (3, 2, 3) for k in (5, 6, 7, 8)),
+    "the mirrored ones (2 and 4) are wrong": lambda: all(
+        near(upright(scene, k).copy(), by_pillow(scene, k).copy()) for k in (2, 4)),
+    "the turned ones (3, 6 and 8) are wrong": lambda: all(
+        near(upright(scene, k).copy(), by_pillow(scene, k).copy()) for k in (3, 6, 8)),
+    "the transposed ones (5 and 7) are wrong": lambda: all(
+        near(upright(scene, k).copy(), by_pillow(scene, k).copy()) for k in (5, 7)),
+})  # fmt: skip
+
+# %% [markdown]
 # ## Where to go next
 #
 # Lesson 13 trains what was used here. Lesson 14 measures how good it is, on lines that the training has never seen.

@@ -910,7 +910,201 @@ if __name__ == "__main__" and "__file__" in globals():
 #   once.
 # - The averaged weights are what is sampled and saved.
 # - A run that was stopped goes on as if it had not been: on a CPU with `--steps`, bit for bit.
+
+# %% [markdown]
+# ## Exercises
 #
+# The same tasks without solutions: [exercises/13_training.ipynb](../exercises/13_training.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import copy
+import math
+
+import torch
+from torch import nn
+
+from difftsr.exercises import check, near
+
+
+# %% [markdown]
+# ### 1 · An average that is not stuck · ●○○ easy
+#
+# The averaged weights start as a copy of the first ones. With a decay of .999 they would remember that start for thousands of steps; so in step $k = 0, 1, \dots$ the decay is $\min(.999, (1 + k) / (10 + k))$. Follow one weight through training.
+#
+# <details><summary>Hint</summary>
+#
+# `average = decay * average + (1 - decay) * value`. The first average is the first value; the loop may begin with it too.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def averages(values: list[float], final: float = 0.999) -> list[float]:
+    """The average after each step; it starts from values[0]."""
+    ### BEGIN SOLUTION
+    ### STUB: return list(values)
+    average, followed = values[0], []
+    for step, value in enumerate(values):
+        decay = min(final, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * value
+        followed.append(average)
+    return followed
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check({
+    "one average a step": lambda: len(averages([1.0, 2.0, 3.0])) == 3,
+    "what stands still has itself as its average": lambda: near(averages([4.0] * 5), [4.0] * 5),
+    "early on the average should follow quickly": lambda: near(averages([0.0, 1.0])[1], 1 - 2 / 11),
+    "later it should move slowly: one step of 20,000 is a thousandth": lambda: near(
+        averages([0.0] * 20_000 + [1.0])[-1], 0.001, 1e-6),
+    "the final decay is not respected": lambda: near(averages([0.0] * 99 + [1.0], final=0.5)[-1], 0.5),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · Four shares, one step · ●●○ medium
+#
+# Sixteen lines do not fit into memory, so four shares of four are taken and their gradients accumulated. A colleague calls `backward` on the mean loss of every share, and finds that training diverges at the old learning rate. Make the accumulated gradient equal that of the whole batch, also if the last share is smaller.
+#
+# <details><summary>Hint</summary>
+#
+# The mean over the batch is a sum over shares of (its part of the lines) × (its mean).
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def accumulate(network: nn.Module, x: torch.Tensor, y: torch.Tensor, share: int) -> None:
+    """Leave the gradient of the mean squared error over all lines of x (B, n) and y (B, 1) in the parameters."""
+    network.zero_grad()
+    for x_part, y_part in zip(x.split(share), y.split(share)):
+        ### BEGIN SOLUTION
+        ### STUB: (network(x_part) - y_part).square().mean().backward()
+        loss = (network(x_part) - y_part).square().mean()
+        (loss * len(x_part) / len(x)).backward()
+        ### END SOLUTION
+
+
+# %% tags=["check"]
+def gradient(share: int) -> torch.Tensor:
+    torch.manual_seed(0)
+    network, x, y = nn.Linear(3, 1), torch.randn(16, 3), torch.randn(16, 1)
+    accumulate(network, x, y, share)
+    return network.weight.grad
+
+
+check({
+    "one share of all lines is the plain gradient": lambda: gradient(16).any(),
+    "four shares should give the gradient of the whole batch": lambda: near(gradient(4), gradient(16)),
+    "with shares of six the last one has four lines": lambda: near(gradient(6), gradient(16)),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · Warm up, cool down · ●●○ medium
+#
+# Write the factor on the learning rate: it grows linearly over the first `warmup` steps, $(k + 1) / \text{warmup}$ up to 1, and is multiplied by a cosine that falls from 1 at the start of the run to .02 at its end.
+#
+# <details><summary>Hint</summary>
+#
+# $.02 + .98 \cdot \tfrac12 (1 + \cos \pi p)$ for the progress $p = k / \text{steps}$.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def factor(step: int, steps: int, warmup: int) -> float:
+    """For step 0 .. steps."""
+    ### BEGIN SOLUTION
+    ### STUB: return 1.0
+    warm = min(1.0, (step + 1) / warmup)
+    return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check({
+    "the first step should be small": lambda: near(factor(0, 1_000_000, 100), 0.01),
+    "the warm-up should be linear": lambda: near(factor(49, 10**9, 100), 0.5),
+    "in the middle of the run about half is left": lambda: near(factor(500, 1000, 10), 0.51),
+    "the end should be two percent": lambda: near(factor(1000, 1000, 10), 0.02),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 4 · Killed and resumed · ●●● hard
+#
+# Here is a run of three parts: weights, Adam, and a generator that draws the data. A colleague saves the weights alone. The resumed run trains, and its losses look fine; but it is another run. Find out what else has to be kept, so that after resuming every number is the same, bit for bit.
+#
+# <details><summary>Hint</summary>
+#
+# What does Adam remember about each weight? Which number comes next? And a dictionary that *refers* to live tensors is no snapshot: `copy.deepcopy`.
+#
+# </details>
+
+# %%
+class Run:
+    """A toy training."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.network = nn.Linear(4, 1)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), 0.1)
+        self.generator = torch.Generator().manual_seed(1)
+
+    def train(self, steps: int) -> "Run":
+        for _ in range(steps):
+            x = torch.randn(8, 4, generator=self.generator)
+            self.optimizer.zero_grad()
+            (self.network(x) - x.sum(1, keepdim=True)).square().mean().backward()
+            self.optimizer.step()
+        return self
+
+
+# %% tags=["solution", "hide-input"]
+def snapshot(run: Run) -> dict:
+    """All that a run needs to go on."""
+    ### BEGIN SOLUTION
+    ### STUB: return {"network": run.network.state_dict()}
+    return copy.deepcopy({
+        "network": run.network.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "generator": run.generator.get_state(),
+    })
+    ### END SOLUTION
+
+
+def go_on(run: Run, state: dict) -> Run:
+    """A new run, brought to where the snapshot was taken."""
+    ### BEGIN SOLUTION
+    ### STUB: run.network.load_state_dict(state["network"])
+    ### STUB: return run
+    run.network.load_state_dict(state["network"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.generator.set_state(state["generator"])
+    return run
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+def weights_after(before: int, lost: int, after: int) -> torch.Tensor:
+    run = Run().train(before)
+    state = snapshot(run)
+    run.train(lost)  # what the dead run did after its last checkpoint
+    return go_on(Run(), state).train(after).network.weight
+
+
+check({
+    "right after resuming the weights are already others": lambda: near(
+        weights_after(5, 0, 0), Run().train(5).network.weight),
+    "what was done after the snapshot leaked into it": lambda: near(
+        weights_after(5, 3, 0), Run().train(5).network.weight),
+    "one step later it is another run": lambda: torch.equal(
+        weights_after(5, 3, 1), Run().train(6).network.weight),
+    "some steps later it is another run": lambda: torch.equal(
+        weights_after(5, 3, 7), Run().train(12).network.weight),
+})  # fmt: skip
+
+# %% [markdown]
 # ## Where to go next
 #
 # Lesson 14 asks how good the weights are. To train on your own lines, write them as an LMDB (lesson 03) and give

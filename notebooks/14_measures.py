@@ -633,13 +633,132 @@ assert np.allclose(grouped, intervals[0])  # four equal pictures of each text te
 #   distance by the wrong order, reading by a picture that looks nothing like the truth.
 # - A reader that taught is no judge.
 # - A mean without an interval is half a figure, and lines that belong together are drawn together.
-#
+
+# %% [markdown]
 # ## Exercises
 #
-# 1. Let `please_the_teacher` write another text into a *sharp* line. Who notices?
-# 2. Find a pair that fools PSNR on Y but not on RGB.
-# 3. Draw single lines instead of texts in the bootstrap of four strengths. How much narrower, wrongly, are the intervals?
+# The same tasks without solutions: [exercises/14_measures.ipynb](../exercises/14_measures.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import numpy as np
+
+from difftsr.exercises import check, near
+from difftsr.measures import bootstrap, ned, psnr
+
+
+# %% [markdown]
+# ### 1 · Distance by a table · ●●○ medium
 #
+# Write the normalised edit similarity yourself: $1 - d(a, b) / \max(|a|, |b|)$, where $d$ counts insertions, deletions and replacements. Fill the table $d_{ij}$ of the distances of the first $i$ from the first $j$ characters, row by row.
+#
+# <details><summary>Hint</summary>
+#
+# $d_{ij} = \min(d_{i-1,j} + 1,\ d_{i,j-1} + 1,\ d_{i-1,j-1} + [a_i \ne b_j])$. One row and the next are enough. And two empty texts are equal.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def similarity(a: str, b: str) -> float:
+    """In [0, 1]; 1 for equal texts."""
+    ### BEGIN SOLUTION
+    ### STUB: return sum(x == y for x, y in zip(a, b)) / max(len(a), len(b), 1)
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        above, row = row, [i]
+        for j, y in enumerate(b, start=1):
+            row.append(min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (x != y)))
+    return 1 - row[-1] / max(len(a), len(b), 1)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check({
+    "equal texts are not at 1": lambda: similarity("北京", "北京") == similarity("", "") == 1,
+    "one character lost at the front should cost one character, not all": lambda: near(similarity("abcd", "bcd"), 0.75),
+    "the order of the two texts should not matter": lambda: near(similarity("ab", "cabd"), similarity("cabd", "ab")),
+    "some pair disagrees with the lesson's measure": lambda: all(
+        near(similarity(a, b), ned(a, b)) for a, b in [("kitten", "sitting"), ("", "x"), ("出口", "入口")]),
+})  # fmt: skip
+
+# %% [markdown]
+# ### 2 · Fool PSNR · ●○○ easy
+#
+# Here is a line of dark strokes on white. Make *two* answers to it: `blank`, a constant picture with the highest PSNR that a constant can have, and `shifted`, the picture itself one pixel to the right (its last column comes back in front). Predict which scores higher, then look. Which of them can be read?
+#
+# <details><summary>Hint</summary>
+#
+# Which number has the smallest mean squared distance from many? `np.roll` shifts.
+#
+# </details>
+
+# %%
+line = np.full((32, 128, 3), 255, np.uint8)
+line[6:26, 10:120:4] = 0
+
+# %% tags=["solution", "hide-input"]
+### BEGIN SOLUTION
+### STUB: blank, shifted = np.zeros_like(line), line
+blank = np.full_like(line, round(line.mean()))
+shifted = np.roll(line, 1, axis=1)
+### END SOLUTION
+
+# %% tags=["check"]
+check({
+    "both should be uint8 pictures of the line's size": lambda: blank.shape == shifted.shape == line.shape
+    and blank.dtype == shifted.dtype == np.uint8,
+    "blank is not of one value": lambda: blank.min() == blank.max(),
+    "another constant scores higher": lambda: all(
+        psnr(blank, line) >= psnr(np.full_like(line, v), line) for v in range(0, 256)),
+    "the strokes of shifted are not one pixel further": lambda: near(shifted[:, 1:], line[:, :-1]),
+})  # fmt: skip
+
+# %%
+print(f"what cannot be read {psnr(blank, line):.1f} dB, what can {psnr(shifted, line):.1f} dB")
+
+# %% [markdown]
+# ### 3 · How sure is a mean? · ●●○ medium
+#
+# Forty texts were restored at four strengths each, so the 160 scores come in groups of four that resemble each other. Write a bootstrap that draws *texts* with all their scores, and one that draws single scores. By what factor is the second interval too narrow?
+#
+# <details><summary>Hint</summary>
+#
+# `rng.integers(n, size=n)` draws with replacement. Put the scores into an array (texts, strengths) and take the 2.5 and 97.5 percentiles of the means of 2000 draws.
+#
+# </details>
+
+# %%
+rng = np.random.default_rng(0)
+scores = 0.8 + 0.1 * rng.normal(size=(40, 1)) + 0.03 * rng.normal(size=(40, 4))  # (texts, strengths)
+
+
+# %% tags=["solution", "hide-input"]
+def interval(rows: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """Percentiles 2.5 and 97.5 of the mean over 2000 draws of the rows of a table (n, k)."""
+    ### BEGIN SOLUTION
+    ### STUB: return float(rows.min()), float(rows.max())
+    rng = np.random.default_rng(seed)
+    means = [rows[rng.integers(len(rows), size=len(rows))].mean() for _ in range(2000)]
+    return tuple(np.quantile(means, [0.025, 0.975]))
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check({
+    "the mean should lie inside": lambda: interval(scores)[0] < scores.mean() < interval(scores)[1],
+    "scores that are all the same leave no doubt": lambda: near(interval(np.full((9, 2), 0.5)), [0.5, 0.5]),
+    "whole texts should give the lesson's interval": lambda: near(
+        interval(scores), bootstrap(scores.ravel(), np.repeat(np.arange(40), 4).astype(str))[1:], 0.005),
+    "single scores should give an interval about half as wide": lambda: 1.6
+    < np.ptp(interval(scores)) / np.ptp(interval(scores.reshape(-1, 1))) < 2.2,
+})  # fmt: skip
+
+# %% [markdown]
+# ### Questions to think about
+#
+# - Let `please_the_teacher` write another text into a *sharp* line. Who notices?
+# - Find a pair that fools PSNR on Y but not on RGB.
+
+# %% [markdown]
 # ## Where to go next
 #
 # The second half of lesson 14, `14_report`, puts these measures to work: baselines, ablations, and one report.

@@ -914,13 +914,140 @@ print(f"checkpoint {row['checkpoint_gb']} GB; peak memory of the conversion {row
 # - A checkpoint is a program. `weights_only=True` runs none; harmless names of a framework get classes that do nothing.
 # - An alphabet belongs to the weights like a layer: UTF-8, and as many characters as the weights have classes.
 # - Habits of a sampler belong to the weights too. They have one place, `reference_sample`, and are off everywhere else.
-#
+
+# %% [markdown]
 # ## Exercises
 #
-# 1. Change one epsilon in a copy of `ResBlock` and run `pytest tests/test_unet.py`: which tests notice, and which do not?
-# 2. Write a `Layout` for a file of your own, and let `published_parts` read it.
-# 3. Give `habitual` another number of steps. Which habit costs most with few steps, and which with many?
+# The same tasks without solutions: [exercises/15_released_weights.ipynb](../exercises/15_released_weights.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import pickle
+import pickletools
+
+import torch
+
+from difftsr.exercises import check, near
+from difftsr.tdm import MultinomialDiffusion
+
+
+# %% [markdown]
+# ### 1 · A part of a checkpoint · ●○○ easy
 #
+# A checkpoint keeps all networks in one dictionary: the keys of the autoencoder begin with `VAE_model.`, and parallel training may have put `module.` in front of everything. Take one network out, under its own key names.
+#
+# <details><summary>Hint</summary>
+#
+# `str.removeprefix`, twice. Mind `VAE_model_old.x`: the dot belongs to the prefix.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def part(tensors: dict, prefix: str) -> dict:
+    """The entries under a prefix such as "VAE_model.", without it."""
+    ### BEGIN SOLUTION
+    ### STUB: return dict(tensors)
+    plain = {key.removeprefix("module."): value for key, value in tensors.items()}
+    return {key.removeprefix(prefix): value for key, value in plain.items() if key.startswith(prefix)}
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+whole = {"VAE_model.a.weight": 1, "VAE_model_old.a.weight": 2, "TDM_Decoder.VAE_model.b": 3}
+check({
+    "what was asked for is not there": lambda: part(whole, "VAE_model.").get("a.weight") == 1,
+    "something of another network came along": lambda: set(part(whole, "VAE_model.")) == {"a.weight"},
+    "with module. in front the answer should be the same": lambda: part(
+        {f"module.{k}": v for k, v in whole.items()}, "VAE_model.") == part(whole, "VAE_model."),
+    "a network that is not there is an empty one": lambda: part(whole, "MoM_module.") == {},
+})  # fmt: skip
+
+# %% [markdown]
+# ### 2 · What one wrong index costs · ●●○ medium
+#
+# The released sampler tells the text diffusion the *number of the step*, $0 \dots S - 1$, where the time $0 \dots T - 1$ belongs. Predict how many characters are noise at the start of sampling, with the right time and with the index, for $S = 200$. Then compute both.
+#
+# <details><summary>Hint</summary>
+#
+# `diffusion.alpha_bar[t]` is the probability that a character is *untouched* at $t$; a die throws the old character once in $K$.
+#
+# </details>
+
+# %%
+diffusion = MultinomialDiffusion(num_classes=6736, timesteps=1000)
+
+
+# %% tags=["solution", "hide-input"]
+def wrong_at_start(steps: int, by_index: bool) -> float:
+    """Expected share of wrong characters at the first of `steps` steps."""
+    ### BEGIN SOLUTION
+    ### STUB: return 1.0
+    t = steps - 1 if by_index else diffusion.timesteps - 1
+    return float(1 - diffusion.alpha_bar[t]) * (1 - 1 / diffusion.num_classes)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check({
+    "with the right time nearly everything is noise, for any number of steps": lambda: wrong_at_start(200, False)
+    == wrong_at_start(20, False) > 0.97,
+    "with the index only about one character in twenty is noise": lambda: 0.04 < wrong_at_start(200, True) < 0.06,
+    "fewer steps should make it worse": lambda: 0 < wrong_at_start(20, True) < wrong_at_start(200, True),
+    "with as many steps as times both are the same": lambda: near(
+        wrong_at_start(1000, True), wrong_at_start(1000, False)),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · Read a pickle without running it · ●●● hard
+#
+# Unpickling calls whatever functions a file names. Before trusting one, list the names, without loading anything: `pickletools.genops` walks through the instructions. In the protocol that `torch.save` uses a name is an instruction `GLOBAL` with the argument `"module name"`.
+#
+# <details><summary>Hint</summary>
+#
+# `for op, argument, place in pickletools.genops(data)`, and look at `op.name`.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def names_in(data: bytes) -> list[str]:
+    """All "module name" of a pickle of protocol 2, each once, sorted."""
+    ### BEGIN SOLUTION
+    ### STUB: return [type(pickle.loads(data)).__name__]
+    return sorted({argument for op, argument, _ in pickletools.genops(data) if op.name == "GLOBAL"})
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+class Trap:
+    """Calls a harmless function when it is unpickled; it might have been any other."""
+
+    def __reduce__(self):
+        return exec, ("import builtins; builtins.trapped = True",)
+
+
+def caught() -> bool:
+    import builtins
+
+    builtins.trapped = False
+    names = names_in(pickle.dumps({"weights": [1.0], "extra": Trap()}, protocol=2))
+    return any("exec" in name for name in names) and not builtins.trapped
+
+
+check({
+    "numbers and lists name nothing": lambda: names_in(pickle.dumps({"a": [1, 2.0]}, protocol=2)) == [],
+    "a tensor's helpers should be found": lambda: any(
+        "torch" in name for name in names_in(pickle.dumps(torch.ones(2), protocol=2))),
+    "the trap was not seen, or it was sprung": caught,
+})  # fmt: skip
+
+# %% [markdown]
+# ### Questions to think about
+#
+# - Change one epsilon in a copy of `ResBlock` and run `pytest tests/test_unet.py`: which tests notice, and which do not?
+# - Write a `Layout` for a file of your own, and let `published_parts` read it.
+# - Give `habitual` another number of steps. Which habit costs most with few steps, and which with many?
+
+# %% [markdown]
 # ## Where to go next
 #
 # Lesson 16 makes our own model faster: fewer steps, reduced precision, and what each costs.

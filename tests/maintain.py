@@ -1,9 +1,10 @@
 """Keep lessons, texts and package in step.
 
-    python tests/maintain.py sync [NAME ...]     make each notebook and its text agree; fill badges and set-up cells
-    python tests/maintain.py export [NAME ...]   write the modules of difftsr/ from the notebooks
-    python tests/maintain.py run [NAME ...]      sync, export, then execute each notebook in a fresh kernel
-    python tests/maintain.py check [NAME ...]    say what is out of step, and exit with 1 if anything is
+    python tests/maintain.py sync [NAME ...]       make each notebook and its text agree; fill badges and set-up cells
+    python tests/maintain.py export [NAME ...]     write the modules of difftsr/ from the notebooks
+    python tests/maintain.py exercises [NAME ...]  write exercises/ from the lessons: the tasks without their solutions
+    python tests/maintain.py run [NAME ...]        sync, export, then execute each notebook in a fresh kernel
+    python tests/maintain.py check [NAME ...]      say what is out of step, and exit with 1 if anything is
 
 NAME is a lesson such as 04_vae, or just its number. Without names every lesson is meant. Only what is named is
 touched, and every file is written under a temporary name and moved, so several people may work at once.
@@ -34,6 +35,7 @@ except ImportError:  # Python 3.10
 
 ROOT = Path(__file__).resolve().parents[1]
 LESSONS = ROOT / "notebooks"
+EXERCISES = ROOT / "exercises"
 PACKAGE = ROOT / "difftsr"
 TEXT_FORMAT = "py:percent"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -63,7 +65,7 @@ if "google.colab" in sys.modules:
     if not os.path.isdir("/content/{project}/notebooks"):
         clone = ["git", "clone", "--quiet", "--depth", "1", "{address}", "/content/{project}"]
         subprocess.run(clone, check=True)
-    os.chdir("/content/{project}/notebooks")
+    os.chdir("/content/{project}/{folder}")
     needed = {{
 {needed}
     }}
@@ -76,8 +78,14 @@ if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))"""
 BADGE = (
     "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
-    "(https://colab.research.google.com/github/{repository}/blob/main/notebooks/{name}.ipynb)"
+    "(https://colab.research.google.com/github/{repository}/blob/main/{folder}/{name}.ipynb)"
 )
+SOLUTION = re.compile(r"^([ \t]*)### BEGIN SOLUTION\n(.*?)^[ \t]*### END SOLUTION[ \t]*$", re.MULTILINE | re.DOTALL)
+STUB = re.compile(r"^[ \t]*### STUB: ?(.*)$", re.MULTILINE)
+HOW_TO = """\
+Each task has a cell that waits for your code and a cell that checks it: it prints *right*, or what is not right yet.
+The tasks come from [the lesson](../notebooks/{name}.ipynb), where each solution lies folded away. The words and symbols
+stand in the [glossary](../notebooks/GLOSSARY.md)."""
 
 
 def lessons(names: list[str] | None = None) -> list[str]:
@@ -135,14 +143,14 @@ def settings() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def badge_and_setup(name: str) -> tuple[str, str]:
-    """The sources of the Colab badge and of the set-up cell of one lesson."""
+def badge_and_setup(name: str, folder: str = "notebooks") -> tuple[str, str]:
+    """The sources of the Colab badge and of the set-up cell of one lesson, or of its notebook in another folder."""
     project = settings()
     address = project["project"]["urls"]["Repository"].rstrip("/")
     packages = project["tool"]["difftsr"]["colab"]
     needed = "\n".join(f'        "{module}": "{package}",' for module, package in sorted(packages.items()))
-    badge = BADGE.format(repository=address.split("://", 1)[1].split("/", 1)[1], name=name)
-    return badge, SETUP.format(project=address.rsplit("/", 1)[1], address=address, needed=needed)
+    badge = BADGE.format(repository=address.split("://", 1)[1].split("/", 1)[1], folder=folder, name=name)
+    return badge, SETUP.format(project=address.rsplit("/", 1)[1], address=address, folder=folder, needed=needed)
 
 
 def fill(notebook: NotebookNode, name: str) -> None:
@@ -167,11 +175,16 @@ def fill(notebook: NotebookNode, name: str) -> None:
 
 
 def tidy(notebook: NotebookNode) -> None:
-    """Drop what differs between machines or bloats a diff: metadata other than tags, widget state, timings."""
+    """Drop what differs between machines or bloats a diff: metadata other than tags, widget state, timings.
+
+    Solutions are folded away.
+    """
     notebook.metadata = nbformat.from_dict(METADATA)
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({"tags": tags(cell)} if tags(cell) else {})
+        if "solution" in tags(cell):
+            cell.metadata.jupyter = nbformat.from_dict({"source_hidden": True})
         for output in cell.get("outputs", []):
             output.get("data", {}).pop(WIDGET_VIEW, None)
             if "metadata" in output:
@@ -276,6 +289,74 @@ def run(name: str) -> bool:
     return True
 
 
+# ---------------------------------------------------------------- exercises
+
+
+def exercise_section(notebook: NotebookNode) -> list[NotebookNode]:
+    """The cells from "## Exercises" to the next heading of that level; empty where a lesson has no tasks in code."""
+    headings = [
+        (index, cell.source.split("\n", 1)[0])
+        for index, cell in enumerate(notebook.cells)
+        if cell.cell_type == "markdown" and cell.source.startswith("## ")
+    ]
+    start = next((index for index, heading in headings if heading == "## Exercises"), len(notebook.cells))
+    end = next((index for index, _ in headings if index > start), len(notebook.cells))
+    section = notebook.cells[start:end]
+    return section if any("solution" in tags(cell) for cell in section) else []
+
+
+def stub(source: str) -> str:
+    """A solution cell with the lines that a learner writes replaced by those of its `### STUB:` comments.
+
+    Raises `ValueError` for a cell without such a part.
+    """
+
+    def replaced(match: re.Match) -> str:
+        lines = STUB.findall(match[2])
+        if not lines:
+            raise ValueError("a solution lacks a line '### STUB: code'")
+        return "\n".join(match[1] + line for line in ["# your code here", *lines])
+
+    text, count = SOLUTION.subn(replaced, source)
+    if not count:
+        raise ValueError("a solution lacks '### BEGIN SOLUTION' and '### END SOLUTION'")
+    return text
+
+
+def exercise_notebook(name: str) -> NotebookNode | None:
+    """The tasks of a lesson as a notebook of their own, without solutions and outputs; None where it has none."""
+    lesson = read_text(LESSONS / f"{name}.py")
+    section = exercise_section(lesson)
+    if not section:
+        return None
+    title = lesson.cells[0].source.split("\n", 1)[0].removeprefix("# ")
+    badge, setup = badge_and_setup(name, EXERCISES.name)
+    cells = [
+        nbformat.v4.new_markdown_cell(f"# Exercises · {title}\n\n{badge}\n\n{HOW_TO.format(name=name)}"),
+        nbformat.v4.new_code_cell(setup),
+    ]
+    for cell in section[1:]:
+        if cell.cell_type == "markdown":
+            from_here = re.sub(r"\]\((?=\w+\.(ipynb|md))", "](../notebooks/", cell.source)
+            cells.append(nbformat.v4.new_markdown_cell(from_here))
+        else:
+            cells.append(nbformat.v4.new_code_cell(stub(cell.source) if "solution" in tags(cell) else cell.source))
+    for number, cell in enumerate(cells):
+        cell.id = f"cell-{number}"
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata=nbformat.from_dict(METADATA))
+    notebook.metadata.pop("jupytext")
+    notebook.nbformat_minor = 5
+    return notebook
+
+
+def write_exercises(name: str) -> None:
+    notebook = exercise_notebook(name)
+    if notebook is not None:
+        EXERCISES.mkdir(exist_ok=True)
+        if write(EXERCISES / f"{name}.ipynb", notebook_text(notebook)):
+            print(f"{name}: wrote {EXERCISES.name}/{name}.ipynb")
+
+
 # ---------------------------------------------------------------- check
 
 
@@ -351,6 +432,24 @@ def check_export(names: list[str]) -> Iterator[str]:
                 yield f"difftsr/{module}: orphan module, no lesson exports it"
 
 
+def check_exercises(names: list[str]) -> Iterator[str]:
+    wanted = set()
+    for name in names:
+        path = EXERCISES / f"{name}.ipynb"
+        try:
+            notebook = exercise_notebook(name) if (LESSONS / f"{name}.py").exists() else None
+        except ValueError as error:
+            yield f"notebooks/{name}.py: {error}"
+            continue
+        if notebook is not None:
+            wanted.add(path)
+            if not path.exists() or path.read_text(encoding="utf-8") != notebook_text(notebook):
+                yield f"exercises/{name}.ipynb: not what its lesson asks (make exercises)"
+    if names == lessons():
+        for path in sorted(set(EXERCISES.glob("*.ipynb")) - wanted):
+            yield f"exercises/{path.name}: no lesson has these exercises"
+
+
 def check_lint(names: list[str]) -> Iterator[str]:
     targets = ["."] if names == lessons() else [f"notebooks/{name}.ipynb" for name in names]
     command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--quiet", "--output-format", "concise", *targets]
@@ -377,6 +476,7 @@ CHECKS: list[Callable[[list[str]], Iterator[str]]] = [
     check_pairs,
     check_notebooks,
     check_export,
+    check_exercises,
     check_lint,
     check_size,
 ]
@@ -393,7 +493,7 @@ def check(names: list[str]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=["sync", "export", "run", "check"])
+    parser.add_argument("task", choices=["sync", "export", "exercises", "run", "check"])
     parser.add_argument("names", nargs="*", metavar="NAME")
     arguments = parser.parse_args()
     names = lessons(arguments.names)
@@ -405,7 +505,7 @@ def main() -> int:
             print("failed: " + " ".join(failed))
         return 1 if failed else 0
     for name in names:
-        (sync if arguments.task == "sync" else export)(name)
+        {"sync": sync, "export": export, "exercises": write_exercises}[arguments.task](name)
     return 0
 
 
