@@ -67,10 +67,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from difftsr.idm import to_released
 from difftsr.model import DiffTSR
 from difftsr.recognizer import Reading
 from difftsr.tdm import top_reading
-from difftsr.text_lines import PAD, UNK, UNKNOWN, Alphabet
+from difftsr.text_lines import PAD, UNKNOWN, Alphabet
 
 # %%
 from pathlib import Path
@@ -719,15 +720,10 @@ assert torch.allclose(again.image[1], modes["full"][0], atol=1e-3)  # its neighb
 # %% [markdown]
 # ## 9. The published loop
 #
-# Whoever samples from the released weights must keep the released habits: the networks were fitted to them. They are in one function of their own, and `sample` calls it for a model whose settings say `reference` (lesson 15 loads such models). Its text comes first. The released networks number their classes otherwise: class $i$ is character $i$ of the table, and one last class means padding, unknown and space at once (row 10). Inside this package a text is what `Alphabet` says it is; two lines translate at the border.
+# Whoever samples from the released weights must keep the released habits: the networks were fitted to them. They are in one function of their own, and `sample` calls it for a model whose settings say `reference` (lesson 15 loads such models). Its text comes first. The released networks number their classes otherwise: class $i$ is character $i$ of the table, and one last class means padding, unknown and space at once (row 10). Inside this package a text is what `Alphabet` says it is; two functions translate at the border (`to_released` of lesson 07, which trains with these classes too, and its inverse).
 
 # %%
 #| export
-def to_released(tokens: Tensor, alphabet: Alphabet) -> Tensor:
-    """Classes of an `Alphabet` -> released classes: character i is i; one class is padding, unknown and space."""
-    return torch.where(tokens > UNK, tokens - 2, len(alphabet) - 2)
-
-
 def from_released(classes: Tensor, alphabet: Alphabet) -> Tensor:
     """The way back: the one class that is no character becomes PAD."""
     return torch.where(classes < len(alphabet) - 2, classes + 2, PAD)
@@ -768,9 +764,6 @@ def released_reading(model: DiffTSR, lr: Tensor) -> Reading:
 
 # %%
 #| export
-LATENT_FACTOR = 0.18215  # the released code's one scale of latents; ours are measured, per channel
-
-
 @torch.no_grad()
 def reference_sample(
     model: DiffTSR,
@@ -820,7 +813,7 @@ def reference_sample(
                 log_c0 = model.tdm(tokens, torch.full_like(batch_t, index), told).log_softmax(1)
                 tokens = noise.choose(model.tdm.posterior(log_c0, tokens, index))
                 probs = log_c0.exp().gather(1, tokens[:, None])[:, 0]
-    image = model.vae.decode(z / LATENT_FACTOR).clamp(-1, 1)
+    image = model.vae.from_latent(z).clamp(-1, 1)
     image = ((image + 1) * 127.5).floor() / 127.5 - 1  # row 13: truncated to 8 bits
     return Sample(image, z, from_released(tokens, model.alphabet), probs, reading, steps_done)
 
