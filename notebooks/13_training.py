@@ -536,7 +536,7 @@ def take_alphabets(model: DiffTSR, config: TrainConfig, sources: list[Path], sta
     if model.alphabet is None:
         raise ValueError("preset paper: name its table of characters with --alphabet, or weights with one by --init")
     if model.reader_alphabet is None and stage != "vae":
-        raise ValueError(f"preset paper: a file with the recogniser's {classes - 3:,} characters must lie beside --alphabet")
+        raise ValueError(f"preset paper: the recogniser's table of {classes - 3:,} must lie beside --alphabet")
 
 
 # %%

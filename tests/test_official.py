@@ -23,6 +23,7 @@ from difftsr.sampling import released_reading, to_released
 from difftsr.tdm import PublishedTDMConfig, TDMStage, TDMTraining
 from difftsr.text_lines import Alphabet
 from difftsr.train import TrainConfig, starting_model, train
+from difftsr.unet import WinogradConv2d, use_winograd
 from difftsr.vae import VAEConfig, VAEStage, VAETraining
 from parity_common import COMMITTED, assert_close, load_fixture, parity_folder, recipe_state_dict
 
@@ -218,14 +219,20 @@ def test_transocr():
     assert_close(packed, f.outputs["pred_packed"], **WHOLE)
 
 
-@pytest.mark.skipif(not os.environ.get("DIFFTSR_SLOW"), reason="4 GB and minutes: set DIFFTSR_SLOW=1 to run")
-@pytest.mark.parametrize("name", ["IDM_Unet", "TDM_Decoder", "MoM_module", "VAE_model"])
-def test_paper_size(name):
+@pytest.mark.skipif(not os.environ.get("DIFFTSR_SLOW"), reason="8 GB and minutes: set DIFFTSR_SLOW=1 to run")
+@pytest.mark.parametrize(
+    ("name", "tiles"),
+    [("IDM_Unet", ""), ("IDM_Unet", " in tiles"), ("TDM_Decoder", ""), ("MoM_module", ""), ("VAE_model", ""),
+     ("VAE_model", " in tiles")],
+)  # fmt: skip
+def test_paper_size(name, tiles):
     f = load_fixture(f"paper_{name}_recipe")
     rows = (row.split("\t") for row in (parity_folder() / "keys" / f"{name}.tsv").read_text().splitlines())
     shapes = {row[0]: tuple(int(n) for n in row[1].split("x")) for row in rows}
     make = dict(IDM_Unet=official.unet, TDM_Decoder=official.tdm, MoM_module=official.mom, VAE_model=official.vae)
     net, x = make[name](f.manifest["config"], recorded_weights(f, shapes)), f.inputs
+    if tiles:
+        use_winograd(net)
     with torch.no_grad():
         if name == "IDM_Unet":
             pairs = {"eps": net(x["x"], x["timesteps"], x["context"])}
@@ -238,7 +245,7 @@ def test_paper_size(name):
             pairs = {"moments": torch.cat([posterior.mean, posterior.logvar], 1), "decode_z": net.decode(x["z"])}
     assert pairs.keys() <= f.outputs.keys()
     for key, value in pairs.items():
-        assert_close(value, f.outputs[key], atol=1e-3, rtol=1e-3, name=key)
+        assert_close(value, f.outputs[key], atol=1e-3, rtol=1e-3, name=key + tiles)
 
 
 def test_settings_that_do_not_exist_are_named():
@@ -405,6 +412,7 @@ def test_conversion_and_restoration(files, parts, tmp_path, capsys, monkeypatch)
     for mode in ("full", "baseline", "no-text"):
         first, second = (restore(whole, line, steps=5, mode=mode, seed=3) for _ in range(2))
         assert first.image.tobytes() == second.image.tobytes() and first.image.size == (384, 128)
+    assert any(isinstance(layer, WinogradConv2d) for layer in whole.modules())  # on a CPU
     chosen = restore(whole, line, steps=5, mode="baseline", candidates=2, text="天地")
     assert chosen.text == "天地"
     with pytest.raises(ValueError, match="cannot do 300 steps"):
@@ -471,7 +479,7 @@ def test_a_run_of_the_paper_s_model_says_what_it_lacks(files, start, tmp_path, m
     (tmp_path / "alone.txt").write_text(CHARACTERS, encoding="utf-8")
     (tmp_path / "short.txt").unlink()
     monkeypatch.setattr(official, "sibling_alphabet", lambda *_: None)
-    with pytest.raises(ValueError, match="the recogniser.s 12 characters"):
+    with pytest.raises(ValueError, match="the recogniser.s table of 12"):
         starting_model(replace(config, alphabet=tmp_path / "alone.txt"), "tdm")
     with pytest.raises(ValueError, match="--alphabet is for the preset paper"):
         starting_model(TrainConfig("vae", preset="tiny", output=tmp_path, alphabet=files / "alphabet.txt"), "vae")
