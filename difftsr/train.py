@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'StageEntry', 'TrainConfig', 'EMA', 'rate', 'share_seed', 'reduce_gradients', 'CachedLatents', 'fingerprint',
-           'latent_batches', 'save_checkpoint', 'checkpoints', 'newest_checkpoint', 'starting_model', 'stage_settings',
-           'StopRequest', 'train_stage', 'agreed', 'set_generators', 'to_device', 'batch_for_inspection', 'average',
-           'record', 'describe', 'write_run_card', 'train', 'report', 'main']
+           'latent_batches', 'save_checkpoint', 'checkpoints', 'newest_checkpoint', 'starting_model', 'take_alphabets',
+           'stage_settings', 'StopRequest', 'train_stage', 'agreed', 'set_generators', 'to_device',
+           'batch_for_inspection', 'average', 'record', 'describe', 'write_run_card', 'train', 'report', 'main']
 
 # %% ../notebooks/13_training.ipynb #5724d655
 import copy
@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from .dataset import make_loader, open_source
 from .few_steps import FewStepStage, FewStepTraining
 from .idm import IDMStage, IDMTraining
-from .model import NETWORKS, PRESETS, DiffTSR, preset, weights_folder
+from .model import CONFIG, NETWORKS, PRESETS, DiffTSR, preset, read_config, weights_folder
 from .mom import MoMStage, MoMTraining
 from .recognizer import Reading, RecognizerStage, RecognizerTraining
 from .tdm import TDMStage, TDMTraining
@@ -69,6 +69,7 @@ class TrainConfig:
 
     stage: Literal["vae", "recognizer", "idm", "few-step", "tdm", "mom", "all"] = "all"  # "all": those not yet done
     preset: str = "classroom"  # "tiny", "classroom" or "paper"
+    alphabet: Path | None = None  # the published table of characters (UTF-8), for "paper"; default: that of --init
     output: Path | None = None  # folder of the run; default runs/<preset>
     data: str = "synthetic"  # "synthetic", "pool:PATH", "lmdb:PATH" or "pairs:PATH"
     steps: int | None = None  # optimisation steps; default 20000 where --minutes is not given
@@ -291,6 +292,7 @@ def starting_model(config: TrainConfig, stage: str, say=print) -> DiffTSR:
             if network not in model.untrained:
                 say(f"{network}: from {folder}")
                 break
+    take_alphabets(model, config, sources, stage)
     missing = [network for network in STAGES[stage].needs if network in model.untrained]
     if missing:
         raise ValueError(
@@ -298,6 +300,30 @@ def starting_model(config: TrainConfig, stage: str, say=print) -> DiffTSR:
             f"{'them' if len(missing) > 1 else 'it'} first into {config.folder()}, or name weights with --init"
         )
     return model
+
+
+def take_alphabets(model: DiffTSR, config: TrainConfig, sources: list[Path], stage: str) -> None:
+    """Give the paper's model its habits and its two tables of characters (lesson 15).
+
+    They come from --alphabet, the recogniser's from a file beside it, or from the first weights that name them. Raises
+    `ValueError` where the stage lacks one, and where --alphabet is given to a preset that has its own characters.
+    """
+    if config.preset != "paper":
+        if config.alphabet is not None:
+            raise ValueError(f"--alphabet is for the preset paper; {config.preset} has its own characters")
+        return
+    from difftsr.official import read_alphabet, sibling_alphabet  # a later lesson
+
+    model.config.reference, classes = True, model.config.recognizer.num_classes
+    found = [read_config(folder / CONFIG)[1:3] for folder in sources]
+    model.alphabet, model.reader_alphabet = (next((one for one in of if one), None) for of in zip((None, None), *found))
+    if config.alphabet is not None:
+        model.alphabet = read_alphabet(config.alphabet, model.config.tdm.num_classes)
+        model.reader_alphabet = model.reader_alphabet or sibling_alphabet(config.alphabet, classes)
+    if model.alphabet is None:
+        raise ValueError("preset paper: name its table of characters with --alphabet, or weights with one by --init")
+    if model.reader_alphabet is None and stage != "vae":
+        raise ValueError(f"preset paper: the recogniser's table of {classes - 3:,} must lie beside --alphabet")
 
 # %% ../notebooks/13_training.ipynb #d8ba6dd2
 def stage_settings(config: TrainConfig, stage: str):

@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['timestep_embedding', 'zero_init', 'ResBlock', 'Downsample', 'Upsample', 'CrossAttention', 'GEGLU', 'FeedForward',
            'column_centers', 'position_code', 'TokenPositions', 'DistanceBias', 'BasicTransformerBlock',
-           'SpatialTransformer', 'UNetConfig', 'ConditionedSequential', 'UNet']
+           'SpatialTransformer', 'UNetConfig', 'ConditionedSequential', 'UNet', 'winograd_matrices', 'WinogradConv2d',
+           'use_winograd', 'is_plain']
 
 # %% ../notebooks/06_unet.ipynb #d4ddb615
 import math
@@ -424,3 +425,80 @@ class UNet(nn.Module):
             h = block(torch.cat([h, stack.pop()], dim=1), *listen)
         out = self.out(h)
         return (out, bottleneck) if return_bottleneck else out
+
+# %% ../notebooks/06_unet.ipynb #1b611079
+def winograd_matrices(tile: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(A^T, G, B^T), float64: `tile` outputs of a filter g of 3 taps on tile + 2 inputs d are A^T [(G g) * (B^T d)].
+
+    For tiles of 2 or 4 (Winograd 1980; Lavin & Gray, arXiv 1509.09308).
+    """
+    points = torch.tensor([0.0, -1.0, 1.0, 0.5, -2.0][: tile + 1], dtype=torch.float64)
+
+    def values(count: int) -> Tensor:
+        """Powers 0 .. count - 1 of the points, and at infinity the leading one: (tile + 2, count)."""
+        return torch.cat([points[:, None] ** torch.arange(count), torch.eye(count, dtype=torch.float64)[-1:]])
+
+    return values(tile).mT, values(3), torch.linalg.inv(values(tile + 2)).mT
+
+# %% ../notebooks/06_unet.ipynb #89f406de
+class WinogradConv2d(nn.Module):
+    """A 3x3 convolution of stride 1 and padding 1, computed in tiles: the same weights, keys and result (to rounding).
+
+    Tiles of 4 x 4 outputs, on maps of at most 256 positions of 2 x 2. What the weights become, 4 or 16/9 times as many
+    numbers, is made at the first call without gradients and kept; a call with gradients drops it.
+    """
+
+    strip = 256  # tiles at once: what is between the products should stay in the processor's cache
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self.kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.kept = {}
+            return F.conv2d(x, self.weight, self.bias, padding=1)
+        height, width = x.shape[-2:]
+        tile = 4 if height * width > 256 else 2
+        down, across = -(-height // tile), -(-width // tile)
+        x = F.pad(x, (1, 1 + across * tile - width, 1, 1 + down * tile - height))
+        rows = max(1, self.strip // (len(x) * across))
+        strips = [self.tiles(x[:, :, r * tile : (r + rows) * tile + 2], tile) for r in range(0, down, rows)]
+        return torch.cat(strips, dim=2)[..., :height, :width]
+
+    def tiles(self, x: Tensor, tile: int) -> Tensor:
+        """The outputs (B, out, H, W), whole tiles, of a map (B, in, H + 2, W + 2)."""
+        if tile not in self.kept:
+            self.kept[tile] = self.prepare(tile)
+        into, weights, back = self.kept[tile]
+        x = x.unfold(2, tile + 2, tile).unfold(3, tile + 2, tile).permute(4, 5, 0, 2, 3, 1)  # (n, n, B, h, w, in)
+        batch, down, across, channels = x.shape[2:]
+        x = (into @ x.reshape(len(into), -1)).view(len(into), -1, channels) @ weights  # (n^2, tiles, out)
+        x = (back @ x.flatten(1)).view(tile, tile, batch, down, across, -1).permute(2, 3, 0, 4, 1, 5)
+        x = x.reshape(batch, down * tile, across * tile, -1)
+        return (x if self.bias is None else x.add_(self.bias)).permute(0, 3, 1, 2)
+
+    def prepare(self, tile: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For both dimensions at once: B^T (n^2, n^2), the transformed weights (n^2, in, out), A^T (tile^2, n^2)."""
+        back, taps_in, into = (torch.kron(m, m).to(self.weight) for m in winograd_matrices(tile))
+        taps = self.weight.permute(2, 3, 1, 0).flatten(0, 1)  # (9, in, out)
+        return into, torch.einsum("nt,tio->nio", taps_in, taps).contiguous(), back
+
+
+def use_winograd(network: nn.Module, channels: int = 128) -> nn.Module:
+    """Put a `WinogradConv2d` in the place of every 3x3 convolution that gains from it, and return the network.
+
+    These have stride 1 and at least so many `channels` in and out. For running on a CPU, after the weights are loaded.
+    """
+    for parent in list(network.modules()):
+        for name, conv in list(parent.named_children()):
+            if type(conv) is nn.Conv2d and is_plain(conv) and min(conv.in_channels, conv.out_channels) >= channels:
+                setattr(parent, name, WinogradConv2d(conv))
+    return network
+
+
+def is_plain(conv: nn.Conv2d) -> bool:
+    """Whether it is 3x3 and keeps the size, with zeros around the map, and every output sees every input."""
+    shape = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+    return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")

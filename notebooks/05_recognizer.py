@@ -1112,6 +1112,8 @@ class RecognizerStage:
         """One loss a batch, with its parts as logs."""
         s, ocr = self.settings, model.recognizer
         tokens, centers = batch["tokens"], batch["centers"]
+        if ocr.config.published:  # it numbers the characters in its own way
+            tokens = model.reader_tokens(tokens)
         low = round(len(tokens) * s.lr_fraction)
         images = torch.cat([batch["lr"][:low], batch["hr"][low:]])  # batches are shuffled, so any half will do
 

@@ -861,12 +861,151 @@ assert errors["with places"] < 0.8 * errors["without"]
 # get there in the end. This is why the classroom model gets places: it sees a few hundred thousand lines, not the
 # millions of the published training.
 #
+# ## 7. The same convolution with fewer multiplications
+#
+# Most of the work of a large U-Net is 3 x 3 convolutions, and a processor does them as fast as it can multiply. To be
+# faster without changing the result, multiply less. Take one dimension, a filter of three taps $g$ and two
+# neighbouring outputs:
+#
+# $$y_0 = g_0 d_0 + g_1 d_1 + g_2 d_2, \qquad y_1 = g_0 d_1 + g_1 d_2 + g_2 d_3.$$
+#
+# These are six products. Winograd (1980) needs four, because sums of the taps can be made beforehand:
+
+# %%
+g, d = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([4.0, 5.0, -1.0, 2.0])
+m1, m4 = (d[0] - d[2]) * g[0], (d[1] - d[3]) * g[2]
+m2 = (d[1] + d[2]) * (g[0] + g[1] + g[2]) / 2
+m3 = (d[2] - d[1]) * (g[0] - g[1] + g[2]) / 2
+four = torch.stack([m1 + m2 + m3, m2 - m3 - m4])
+print("four products:", four.tolist(), "  six:", torch.stack([g @ d[:3], g @ d[1:]]).tolist())
+assert torch.equal(four, torch.stack([g @ d[:3], g @ d[1:]]))
+
+
+# %% [markdown]
+# There is a plan behind the trick. Two polynomials are multiplied by multiplying their *values* at enough points
+# (infinity is a point too: its value is the leading coefficient) and going back to coefficients. A filter is the
+# transpose of such a product. For $m$ outputs of three taps that takes $m + 2$ points, and as many products:
+#
+# $$y = A^\top \left[(G g) \odot (B^\top d)\right].$$
+#
+# $G$ and $A$ hold powers of the points, and $B^\top$ the inverse of such a table. In two dimensions each matrix acts on
+# rows and columns: a tile of 2 x 2 outputs costs 16 products instead of 36, one of 4 x 4 costs 36 instead of 144. The
+# points should be small numbers, or rounding errors grow: 0, -1, 1, 1/2 and -2 serve well.
+
+# %%
+#| export
+def winograd_matrices(tile: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(A^T, G, B^T), float64: `tile` outputs of a filter g of 3 taps on tile + 2 inputs d are A^T [(G g) * (B^T d)].
+
+    For tiles of 2 or 4 (Winograd 1980; Lavin & Gray, arXiv 1509.09308).
+    """
+    points = torch.tensor([0.0, -1.0, 1.0, 0.5, -2.0][: tile + 1], dtype=torch.float64)
+
+    def values(count: int) -> Tensor:
+        """Powers 0 .. count - 1 of the points, and at infinity the leading one: (tile + 2, count)."""
+        return torch.cat([points[:, None] ** torch.arange(count), torch.eye(count, dtype=torch.float64)[-1:]])
+
+    return values(tile).mT, values(3), torch.linalg.inv(values(tile + 2)).mT
+
+
+# %%
+back, taps_in, into = winograd_matrices(2)
+print("B^T =", into.tolist())
+assert torch.allclose(back @ ((taps_in @ g.double()) * (into @ d.double())), four.double())
+
+
+# %% [markdown]
+# With many channels the products become matrix products: all tiles together, one product of (tiles x inputs) and
+# (inputs x outputs) for each of the 16 or 36 places. The transformed weights are computed once and kept. So it is a
+# method for *running* a network; while gradients are wanted, the layer is an ordinary convolution.
+
+# %%
+#| export
+class WinogradConv2d(nn.Module):
+    """A 3x3 convolution of stride 1 and padding 1, computed in tiles: the same weights, keys and result (to rounding).
+
+    Tiles of 4 x 4 outputs, on maps of at most 256 positions of 2 x 2. What the weights become, 4 or 16/9 times as many
+    numbers, is made at the first call without gradients and kept; a call with gradients drops it.
+    """
+
+    strip = 256  # tiles at once: what is between the products should stay in the processor's cache
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self.kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.kept = {}
+            return F.conv2d(x, self.weight, self.bias, padding=1)
+        height, width = x.shape[-2:]
+        tile = 4 if height * width > 256 else 2
+        down, across = -(-height // tile), -(-width // tile)
+        x = F.pad(x, (1, 1 + across * tile - width, 1, 1 + down * tile - height))
+        rows = max(1, self.strip // (len(x) * across))
+        strips = [self.tiles(x[:, :, r * tile : (r + rows) * tile + 2], tile) for r in range(0, down, rows)]
+        return torch.cat(strips, dim=2)[..., :height, :width]
+
+    def tiles(self, x: Tensor, tile: int) -> Tensor:
+        """The outputs (B, out, H, W), whole tiles, of a map (B, in, H + 2, W + 2)."""
+        if tile not in self.kept:
+            self.kept[tile] = self.prepare(tile)
+        into, weights, back = self.kept[tile]
+        x = x.unfold(2, tile + 2, tile).unfold(3, tile + 2, tile).permute(4, 5, 0, 2, 3, 1)  # (n, n, B, h, w, in)
+        batch, down, across, channels = x.shape[2:]
+        x = (into @ x.reshape(len(into), -1)).view(len(into), -1, channels) @ weights  # (n^2, tiles, out)
+        x = (back @ x.flatten(1)).view(tile, tile, batch, down, across, -1).permute(2, 3, 0, 4, 1, 5)
+        x = x.reshape(batch, down * tile, across * tile, -1)
+        return (x if self.bias is None else x.add_(self.bias)).permute(0, 3, 1, 2)
+
+    def prepare(self, tile: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For both dimensions at once: B^T (n^2, n^2), the transformed weights (n^2, in, out), A^T (tile^2, n^2)."""
+        back, taps_in, into = (torch.kron(m, m).to(self.weight) for m in winograd_matrices(tile))
+        taps = self.weight.permute(2, 3, 1, 0).flatten(0, 1)  # (9, in, out)
+        return into, torch.einsum("nt,tio->nio", taps_in, taps).contiguous(), back
+
+
+def use_winograd(network: nn.Module, channels: int = 128) -> nn.Module:
+    """Put a `WinogradConv2d` in the place of every 3x3 convolution that gains from it, and return the network.
+
+    These have stride 1 and at least so many `channels` in and out. For running on a CPU, after the weights are loaded.
+    """
+    for parent in list(network.modules()):
+        for name, conv in list(parent.named_children()):
+            if type(conv) is nn.Conv2d and is_plain(conv) and min(conv.in_channels, conv.out_channels) >= channels:
+                setattr(parent, name, WinogradConv2d(conv))
+    return network
+
+
+def is_plain(conv: nn.Conv2d) -> bool:
+    """Whether it is 3x3 and keeps the size, with zeros around the map, and every output sees every input."""
+    shape = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+    return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+
+
+# %%
+wide = UNet(UNetConfig(6, 3, 64, (1, 2), 1, (2,), 4, 16, groups=32, position_codes=False)).eval()
+for parameter in wide.parameters():
+    if not parameter.any():
+        torch.nn.init.normal_(parameter, std=0.05)  # the layers that start at zero would hide everything
+x, t, text = torch.randn(2, 6, 16, 64), torch.tensor([1, 500]), torch.randn(2, 24, 16)
+with torch.no_grad():
+    direct, fewer = wide(x, t, text), use_winograd(wide, channels=64)(x, t, text)
+print(sum(isinstance(layer, WinogradConv2d) for layer in wide.modules()), "convolutions in tiles")
+assert torch.allclose(direct, fewer, atol=1e-4)
+
+# %% [markdown]
+# Is it worth it? At the paper's size it halves the time of a call on a CPU; the classroom's layers have too few
+# channels, and cutting tiles costs them what the products save. Lesson 15 has the measurements.
+#
 # ## Summary
 #
 # - The **time** enters as a vector of sinusoids, added in the middle of every residual block.
 # - The **text** enters through cross-attention: queries from the image, keys and values from the characters.
 # - What ends a branch **starts at zero**, so a fresh network is the identity, and the gradient reaches everything.
 # - Attention sees a bag of tokens; **places** are told by codes and by a preference for what is near.
+# - A convolution can be had with **fewer multiplications** (Winograd), with the same result up to rounding.
 # - The same class is the published network (874 million parameters, the published keys) and the classroom's (7.4
 #   million).
 

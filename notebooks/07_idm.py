@@ -75,7 +75,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from difftsr.recognizer import CharacterEmbedding, Reading, unpack_bits
-from difftsr.text_lines import PAD, UNK
+from difftsr.text_lines import PAD, UNK, Alphabet
 from difftsr.unet import CrossAttention, UNet, UNetConfig
 
 # %%
@@ -84,7 +84,7 @@ import numpy as np
 
 from difftsr.degradation import to_canvas
 from difftsr.recognizer import RecognizerConfig, TransOCR
-from difftsr.text_lines import Alphabet, LineRenderer, PhraseSampler, find_fonts, glyph_bitmaps, package_font_folders
+from difftsr.text_lines import LineRenderer, PhraseSampler, find_fonts, glyph_bitmaps, package_font_folders
 
 torch.manual_seed(0)
 plt.rcParams.update({"figure.dpi": 80})
@@ -834,6 +834,11 @@ class IDMTraining:
     temperature: float = 1.0  # scale of the noise of these
     jitter: float = 0.01  # std of the noise on true centres, a fraction of the width
 
+    @classmethod
+    def paper(cls) -> "IDMTraining":
+        """The published step 1: absolute errors, and the true text alone."""
+        return cls(learning_rate=1e-4, loss="l1", text_mix=(0.0, 1.0, 0.0, 0.0))
+
 
 # %%
 #| export
@@ -848,6 +853,33 @@ def latents(vae: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
         return batch["z_hr"], batch["z_lr"]
     with torch.no_grad():
         return vae.to_latent(batch["hr"]), vae.to_latent(batch["lr"])
+
+
+def is_released(model: nn.Module) -> bool:
+    """Whether these are the paper's networks with the habits of the released code (lesson 15)."""
+    return getattr(getattr(model, "config", None), "reference", False)
+
+
+def condition(model: nn.Module, z_lr: Tensor) -> Tensor:
+    """z_lr (B, C, h, w) as the image diffusion is told it: normalised, but for released networks not scaled."""
+    if not is_released(model):
+        return z_lr
+    return z_lr * model.vae.latent_scale.view(-1, 1, 1) + model.vae.latent_shift.view(-1, 1, 1)
+
+
+def to_released(tokens: Tensor, alphabet: Alphabet) -> Tensor:
+    """Classes of an `Alphabet` -> released classes: character i is i; one class is padding, unknown and space."""
+    return torch.where(tokens > UNK, tokens - 2, len(alphabet) - 2)
+
+
+def text_classes(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Texts (B, 24) in the classes that the text networks of this model use."""
+    return to_released(tokens, model.alphabet) if is_released(model) else tokens
+
+
+def reader_classes(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Texts (B, 24) in the classes of the model's recogniser."""
+    return model.reader_tokens(tokens) if is_released(model) else tokens
 
 
 def spread_times(batch: int, timesteps: int, generator: torch.Generator) -> Tensor:
@@ -867,7 +899,7 @@ def ocr_loss(model: nn.Module, z_0: Tensor, tokens: Tensor, t: Tensor, lines: in
     line counts alpha_bar_t; other predictions need no such weight.
     """
     images = model.vae.from_latent(z_0[:lines])
-    losses = model.recognizer.ocr_loss(images, tokens[:lines], reduction="none")  # (lines,)
+    losses = model.recognizer.ocr_loss(images, reader_classes(model, tokens[:lines]), reduction="none")  # (lines,)
     if model.idm.config.prediction == "eps":
         losses = losses * model.idm.diffusion.alpha_bar[t[:lines]]
     return losses.mean()
@@ -971,7 +1003,7 @@ class IDMStage:
             noise = torch.where(first.view(-1, 1, 1, 1), self.training.temperature * noise, noise)
         z_t = diffusion.q_sample(z_hr, t, noise)
 
-        prediction = idm(z_t, z_lr, t, idm.context(told), told)
+        prediction = idm(z_t, condition(model, z_lr), t, idm.context(told), told)
         z_0, _ = diffusion.to_z0_eps(prediction, z_t, t, z_lr, kind)
         loss = self.denoising_loss(prediction, diffusion.target(z_hr, noise, t, z_lr, kind), diffusion, t, kind)
         logs = {"denoise": loss.detach(), "gain_db": 10 * torch.log10((z_lr - z_hr).square().mean() / error(z_0, z_hr))}
@@ -988,7 +1020,7 @@ class IDMStage:
             reading = lambda rows: model.recognizer.read(batch["lr"][rows])  # noqa: E731
         settings = self.training
         return text_conditions(
-            batch["tokens"], batch["centers"], reading, generator, settings.text_mix,
+            text_classes(model, batch["tokens"]), batch["centers"], reading, generator, settings.text_mix,
             similar=self.similar, jitter=settings.jitter,
         )  # fmt: skip
 

@@ -76,7 +76,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from difftsr.idm import MIX, Mix, similar_glyphs, spread_times, text_conditions
+from difftsr.idm import MIX, Mix, reader_classes, similar_glyphs, spread_times, text_classes, text_conditions
 from difftsr.recognizer import CharacterEmbedding, Reading, TiedClassifier
 from difftsr.text_lines import PAD
 from difftsr.unet import DistanceBias, column_centers
@@ -1081,17 +1081,17 @@ class TDMStage:
         asked = replace(reading, features=None)
         told = text_conditions(tokens, batch["centers"], asked, generator, self.config.text_mix, similar=self.similar)
         t, p_t = self.draw_t(len(tokens), generator)
-        t = t.to(tokens.device)
+        t, tokens = t.to(tokens.device), text_classes(model, tokens)
         c_t = tdm.diffusion.q_sample(tokens, t, generator)
         logits = tdm(c_t, t, tdm.context(reading.features, z_lr), told)
         if self.config.loss == "bound":
             loss = self.bound(tdm, logits, tokens, c_t, t, p_t)
         else:
             loss = F.cross_entropy(logits, tokens)
-        written = tokens != PAD
+        written = batch["tokens"] != PAD
         correct = logits.argmax(1) == tokens
         logs = accuracy_by_third(correct, written, t, tdm.diffusion.timesteps)
-        logs["accuracy_reader"] = (reading.best == tokens)[written].float().mean()
+        logs["accuracy_reader"] = (reading.best == reader_classes(model, batch["tokens"]))[written].float().mean()
         yield loss, "tdm", {"loss": loss.detach(), **logs}
 
     def draw_t(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

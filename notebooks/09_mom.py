@@ -65,6 +65,7 @@ if os.path.dirname(os.getcwd()) not in sys.path:
 
 # %%
 #| export
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -72,9 +73,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from difftsr.idm import TextEncoder, TextEncoderConfig, latents, ocr_loss, spread_times
+from difftsr.idm import (
+    TextEncoder,
+    TextEncoderConfig,
+    condition,
+    latents,
+    ocr_loss,
+    reader_classes,
+    spread_times,
+    text_classes,
+)
 from difftsr.recognizer import Reading
-from difftsr.tdm import MultinomialDiffusion, accuracy_by_third, look_at, top_reading, train_only
+from difftsr.tdm import Denoiser, MultinomialDiffusion, accuracy_by_third, look_at, top_reading, train_only
 from difftsr.text_lines import PAD
 from difftsr.unet import UNet, UNetConfig
 
@@ -411,6 +421,19 @@ class MoMTraining:
         return cls(learning_rate=1e-5, text_weight=0.1, ocr_weight=0.02)
 
 
+def joint_text_loss(tdm: Denoiser, log_p0: Tensor, tokens: Tensor, c_t: Tensor, t: Tensor) -> Tensor:
+    """The loss that the TDM was trained with: cross-entropy, or for a plug-in denoiser the bound in bits a character.
+
+    tokens and c_t (B, n) are the true and the noised text, t (B,) uniform in 0 .. T - 1 (parity section 15).
+    """
+    if tdm.rule == "mixture":
+        return F.nll_loss(log_p0, tokens)
+    diffusion = tdm.diffusion
+    log_x0, log_x_t = diffusion.log_onehot(tokens), diffusion.log_onehot(c_t)
+    term = diffusion.bound_term(log_x0, log_x_t, t, diffusion.posterior(log_p0, log_x_t, t))
+    return (diffusion.timesteps * term + diffusion.kl_prior(log_x0)).sum() / (math.log(2) * tokens.numel())
+
+
 class MoMStage:
     """The joint stage: one t for both diffusions, the text first, and gradients for MoM alone."""
 
@@ -441,10 +464,11 @@ class MoMStage:
         t = spread_times(len(tokens), idm.diffusion.timesteps, generator).to(z_hr.device)
         noise = torch.randn(z_hr.shape, generator=generator, device=generator.device).to(z_hr)
         z_t = idm.diffusion.q_sample(z_hr, t, noise)
-        c_t = tdm.diffusion.q_sample(tokens, t, generator)
+        classes = text_classes(model, tokens)
+        c_t = tdm.diffusion.q_sample(classes, t, generator)
 
-        log_p0, prediction = joint_step(model, c_t, z_t, z_lr, t, reading)
-        text_loss = F.nll_loss(log_p0, tokens)
+        log_p0, prediction = joint_step(model, c_t, z_t, condition(model, z_lr), t, reading)
+        text_loss = joint_text_loss(tdm, log_p0, classes, c_t, t)
         kind = idm.config.prediction
         squared = (prediction - idm.diffusion.target(z_hr, noise, t, z_lr, kind)).square().flatten(1).mean(1)  # (B,)
         image_loss = (idm.diffusion.loss_weight(t, kind) * squared).mean()
@@ -455,8 +479,8 @@ class MoMStage:
             ocr = ocr_loss(model, z_0, tokens, t, self.config.ocr_lines)
             loss, logs["ocr"] = loss + self.config.ocr_weight * ocr, ocr.detach()
         written = tokens != PAD
-        logs |= accuracy_by_third(log_p0.argmax(1) == tokens, written, t, tdm.diffusion.timesteps)
-        logs["accuracy_reader"] = (reading.best == tokens)[written].float().mean()
+        logs |= accuracy_by_third(log_p0.argmax(1) == classes, written, t, tdm.diffusion.timesteps)
+        logs["accuracy_reader"] = (reading.best == reader_classes(model, tokens))[written].float().mean()
         yield loss, "mom", {"loss": loss.detach(), **logs}
 
 

@@ -71,10 +71,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from difftsr.idm import to_released
 from difftsr.model import DiffTSR
 from difftsr.recognizer import Reading
 from difftsr.tdm import top_reading
-from difftsr.text_lines import PAD, UNK, UNKNOWN, Alphabet
+from difftsr.text_lines import PAD, UNKNOWN, Alphabet
+from difftsr.unet import use_winograd
 
 # %%
 from pathlib import Path
@@ -679,7 +681,7 @@ assert result.image.shape == lr.shape and float(result.image.abs().max()) <= 1
 
 
 # %% [markdown]
-# Left, the noisy latent $z_t$, decoded; in the middle the same moment's estimate $\hat z_0$; below them the two texts: $c_t$, which is mostly noise for a long time, and the text that the TDM believes in, which conditions the image.
+# Left, the noisy latent $z_t$, decoded; right, the same moment's estimate $\hat z_0$. Above them the two texts: $c_t$, which is mostly noise for a long time, and the text that the TDM believes in, which conditions the image.
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -691,12 +693,12 @@ def decoded(z):
 
 han = next(f for f in find_fonts(package_font_folders()) if f.covers("汉字"))  # for titles in Chinese
 shown = [result.trace[k] for k in (0, 8, 14, 19)]
-fig, axes = plt.subplots(len(shown), 2, figsize=(8, 1.35 * len(shown)), dpi=60)
+fig, axes = plt.subplots(len(shown), 2, figsize=(9, 1.35 * len(shown)), dpi=80)
 for row, step in zip(axes, shown):
     words = [model.alphabet.decode(c[0]).replace(UNKNOWN, "?") for c in (step.c_t, step.text.best)]
     for ax, z, name, word in zip(row, (step.z_t, step.z0), ("$z_t$, $c_t$", r"$\hat z_0$, text"), words):
         ax.imshow(decoded(z))
-        ax.set_title(f"t = {step.t}   {name}: {word}", font=Path(han.path), fontsize=7)
+        ax.set_title(f"t = {step.t}   {name}: {word}", font=Path(han.path), fontsize=9)
         ax.axis("off")
 plt.tight_layout()
 plt.show()
@@ -723,15 +725,10 @@ assert torch.allclose(again.image[1], modes["full"][0], atol=1e-3)  # its neighb
 # %% [markdown]
 # ## 9. The published loop
 #
-# Whoever samples from the released weights must keep the released habits: the networks were fitted to them. They are in one function of their own, and `sample` calls it for a model whose settings say `reference` (lesson 15 loads such models). Its text comes first. The released networks number their classes otherwise: class $i$ is character $i$ of the table, and one last class means padding, unknown and space at once (row 10). Inside this package a text is what `Alphabet` says it is; two lines translate at the border.
+# Whoever samples from the released weights must keep the released habits: the networks were fitted to them. They are in one function of their own, and `sample` calls it for a model whose settings say `reference` (lesson 15 loads such models). Its text comes first. The released networks number their classes otherwise: class $i$ is character $i$ of the table, and one last class means padding, unknown and space at once (row 10). Inside this package a text is what `Alphabet` says it is; two functions translate at the border (`to_released` of lesson 07, which trains with these classes too, and its inverse).
 
 # %%
 #| export
-def to_released(tokens: Tensor, alphabet: Alphabet) -> Tensor:
-    """Classes of an `Alphabet` -> released classes: character i is i; one class is padding, unknown and space."""
-    return torch.where(tokens > UNK, tokens - 2, len(alphabet) - 2)
-
-
 def from_released(classes: Tensor, alphabet: Alphabet) -> Tensor:
     """The way back: the one class that is no character becomes PAD."""
     return torch.where(classes < len(alphabet) - 2, classes + 2, PAD)
@@ -772,9 +769,6 @@ def released_reading(model: DiffTSR, lr: Tensor) -> Reading:
 
 # %%
 #| export
-LATENT_FACTOR = 0.18215  # the released code's one scale of latents; ours are measured, per channel
-
-
 @torch.no_grad()
 def reference_sample(
     model: DiffTSR,
@@ -786,13 +780,17 @@ def reference_sample(
     eta: float = 0.2,
     text: Tensor | None = None,
     trace: bool = False,
+    winograd: bool = True,
 ) -> Sample:
     """Restore canvases `lr` (B, 3, H, W) in [-1, 1] with the published networks, in the released order and units.
 
     mode "baseline" is the released default `general=True`: the text stays as it was read (or as `text` (B, 24) says).
     "full" is `general=False`; "no-text" gives padding instead of a text. Draws come from `noise` in this order:
-    the posterior of z_lr, the start, and in every step the image's and then the text's.
+    the posterior of z_lr, the start, and in every step the image's and then the text's. winograd: on a CPU compute
+    large convolutions with fewer multiplications (lesson 06, section 7): half the time a step, and 5 GB more memory.
     """
+    if winograd and lr.device.type == "cpu":
+        use_winograd(model)
     alpha_bar, unet = model.idm.diffusion.alpha_bar.cpu(), model.idm.unet
     times = reference_timesteps(steps, len(alpha_bar))
     reading = released_reading(model, lr)
@@ -824,7 +822,7 @@ def reference_sample(
                 log_c0 = model.tdm(tokens, torch.full_like(batch_t, index), told).log_softmax(1)
                 tokens = noise.choose(model.tdm.posterior(log_c0, tokens, index))
                 probs = log_c0.exp().gather(1, tokens[:, None])[:, 0]
-    image = model.vae.decode(z / LATENT_FACTOR).clamp(-1, 1)
+    image = model.vae.from_latent(z).clamp(-1, 1)
     image = ((image + 1) * 127.5).floor() / 127.5 - 1  # row 13: truncated to 8 bits
     return Sample(image, z, from_released(tokens, model.alphabet), probs, reading, steps_done)
 
@@ -859,13 +857,13 @@ toy.tdm.context = lambda features, z_lr, image_condition: image_condition
 toy.tdm.posterior = lambda log_c0, tokens, index: log_c0
 toy.vae = SimpleNamespace(
     encode=lambda x: SimpleNamespace(mean=x[..., ::4, ::4], std=torch.ones(())),
-    decode=lambda z: torch.nn.functional.interpolate(z, scale_factor=4.0),
+    from_latent=lambda z: torch.nn.functional.interpolate(z, scale_factor=4.0),
 )
 toy.recognizer = SimpleNamespace(read=lambda lr: Reading.of(answer), config=SimpleNamespace(end=PAD))
 
 for kind in ("full", "baseline"):
     calls.clear()
-    reference_sample(toy, torch.zeros(1, 3, 32, 128), steps=2, mode=kind, noise=LineNoise([0]))
+    reference_sample(toy, torch.zeros(1, 3, 32, 128), steps=2, mode=kind, noise=LineNoise([0]), winograd=False)
     print(f"{kind:8s}", calls)
 
 # %% [markdown]

@@ -78,7 +78,6 @@ from difftsr.idm import TextEncoder, TextEncoderConfig
 from difftsr.model import NETWORKS, DiffTSR, ModelConfig, preset
 from difftsr.mom import PublishedMoM, PublishedMoMConfig
 from difftsr.recognizer import RecognizerConfig, TransOCR
-from difftsr.sampling import LATENT_FACTOR
 from difftsr.tdm import PublishedTDM, PublishedTDMConfig
 from difftsr.text_lines import Alphabet
 from difftsr.unet import UNet, UNetConfig
@@ -558,7 +557,6 @@ for file, classes in (("gbk.txt", 9), ("utf8.txt", 6736)):
     except ValueError as error:
         print(str(error).replace(str(scratch) + "/", ""))
 
-
 # %% [markdown]
 # ## 6. The whole model
 #
@@ -566,6 +564,9 @@ for file, classes in (("gbk.txt", 9), ("utf8.txt", 6736)):
 
 # %%
 #| export
+LATENT_FACTOR = 0.18215  # the released code's one scale of latents; ours are measured, per channel
+
+
 def arranged(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
     """Published state dicts under the names of a `DiffTSR`: the U-Net and a text encoder are the IDM."""
     networks = {name: dict(parts[name]) for name in ("vae", "recognizer", "tdm", "mom") if name in parts}

@@ -23,8 +23,9 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,15 +33,21 @@ import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import parity_common
 from bench import machine
-from difftsr.model import DiffTSR, preset
+from difftsr import official
+from difftsr.model import NETWORKS, DiffTSR, preset
 from difftsr.recognizer import Reading
-from difftsr.text_lines import write_json
+from difftsr.sampling import sample
+from difftsr.text_lines import Alphabet, write_json
 from difftsr.train import STAGES
+from difftsr.unet import use_winograd
 
 ROOT = Path(__file__).resolve().parents[1]
+STEPS = 5  # of a restoration that is measured whole
+SLOW = bool(os.environ.get("DIFFTSR_SLOW"))
 
 
 def record(output: Path, part: str, found: dict) -> None:
@@ -101,18 +108,34 @@ def seconds_of(call: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
+def twin(network: nn.Module) -> nn.Module:
+    """A copy of a network that shares its weights."""
+    return copy.deepcopy(network, {id(p): p for p in network.parameters()})
+
+
+def speed_model(name: str, only: list[str]) -> DiffTSR:
+    """The model to be measured; of the paper's, the networks that the parts `only` need, and letters to read with."""
+    if name != "paper":
+        return DiffTSR.from_pretrained(name)
+    needed = {"unet": ("idm",), "unet_4_lines": ("idm",), "vae_encode": ("vae",), "vae_decode": ("vae",),
+              "mom_and_tdm": ("mom", "tdm"), "restore": NETWORKS}  # fmt: skip
+    model = paper_model(tuple({network for part in only for network in needed[part]}), reference=True)
+    model.vae.latent_scale.fill_(1 / official.LATENT_FACTOR)
+    count = model.config.tdm.num_classes - 1
+    model.alphabet = Alphabet("".join(chr(0x4E00 + i) for i in range(count)))
+    model.reader_alphabet = Alphabet("".join(chr(0x4E00 + i) for i in range(model.config.recognizer.num_classes - 3)))
+    return model
+
+
 @torch.no_grad()
 def speed(name: str, only: list[str], repeats: int) -> dict:
-    """Median processor seconds a line of each network, the plain formulation beside ours, in turns; and the ratios.
+    """Median processor seconds a line of each network in several formulations, in turns; and the ratios.
 
-    Plain: explicit softmax, contiguous layout, one line, everything computed anew. Ours: fused attention, channels
-    last, the text kept; and the U-Net with a batch of four lines, per line.
+    plain: explicit softmax, contiguous layout, everything computed anew. ours: fused attention, channels last, the
+    text kept. winograd: the same with fewer multiplications. `unet_4_lines` is a batch of four, counted per line;
+    `restore` a whole restoration of STEPS steps. The matrix product of this machine is measured beside.
     """
-    model = paper_model(("idm", "mom", "tdm", "vae"), reference=True) if name == "paper" else None
-    model = model or DiffTSR.from_pretrained(name)
-    plain = {part: copy.deepcopy(getattr(model, part)) for part in ("idm", "vae")} if "unet" in only else {}
-    model.idm.unet.to(memory_format=torch.channels_last)
-    model.vae.to(memory_format=torch.channels_last)
+    model = speed_model(name, only)
     shape, width = model.vae.latent_shape(model.config.image_size), model.idm.unet.config.context_dim
     image, z, t = torch.zeros(1, 3, *model.config.image_size), torch.randn(1, *shape), torch.tensor([500])
     tokens, context = torch.randint(2, 99, (1, 24)), torch.randn(1, 24, width)
@@ -125,33 +148,53 @@ def speed(name: str, only: list[str], repeats: int) -> dict:
         model.tdm.posterior(model.tdm(tokens, t, told, reading).log_softmax(1), tokens, 500)
         model.mom.text_condition(tokens if name == "paper" else reading)
 
-    x, x4 = torch.cat([z, z], 1), torch.cat([z, z], 1).repeat(4, 1, 1, 1)
-    calls = {
-        "unet": (lambda: plain["idm"].unet(x, t, context), lambda: model.idm.unet(x, t, context)),
-        "unet_4_lines": (None, lambda: model.idm.unet(x4, t.repeat(4), context.repeat(4, 1, 1))),
-        "vae_encode": (lambda: plain["vae"].encode(image), lambda: model.vae.encode(image)),
-        "vae_decode": (lambda: plain["vae"].decode(z), lambda: model.vae.decode(z)),
-        "mom_and_tdm": (tdm, tdm),
-    }
-    calls = {what: pair for what, pair in calls.items() if what in only}
-    durations = defaultdict(list)
-    with model.idm.unet.fixed_text():
-        for _ in range(repeats):
-            for what, (theirs, ours) in calls.items():
-                if theirs:
-                    with plain_attention():
-                        durations[f"{what}_plain"].append(seconds_of(theirs))
-                durations[f"{what}_ours"].append(seconds_of(ours) / (4 if what == "unet_4_lines" else 1))
+    x = torch.randn(1, model.idm.unet.config.in_channels, *shape[1:])
+    x4, matrix = x.repeat(4, 1, 1, 1), torch.randn(2048, 2048)
+    durations, outputs, kept = defaultdict(list), {}, ExitStack()
+    calls = {"matrix_product": lambda: matrix @ matrix}
+    for what, network in (("unet", model.idm.unet), ("vae", model.vae)):
+        if not any(part.startswith(what) for part in only):
+            continue
+        forms = {"plain": copy.deepcopy(network).to(memory_format=torch.contiguous_format)}
+        forms["ours"] = network.to(memory_format=torch.channels_last)
+        forms["winograd"] = use_winograd(twin(forms["ours"]))
+        for form, net in forms.items():
+            if what == "vae":
+                calls[f"vae_encode_{form}"] = partial(net.encode, image)
+                calls[f"vae_decode_{form}"] = partial(net.decode, z)
+                continue
+            calls[f"unet_{form}"] = partial(net, x, t, context)
+            if form != "plain":
+                kept.enter_context(net.fixed_text())
+                calls[f"unet_4_lines_{form}"] = partial(net, x4, t.repeat(4), context.repeat(4, 1, 1))
+    calls |= {f"mom_and_tdm_{form}": tdm for form in ("plain", "ours")}
+    calls |= {f"restore_{mode}": partial(sample, model, image, steps=STEPS, mode=mode) for mode in ("baseline", "full")}
+    calls = {call: of for call, of in calls.items() if call == "matrix_product" or call.startswith(tuple(only))}
+    calls = {call: of for call, of in calls.items() if "4_lines" not in call or "unet_4_lines" in only}
+    with kept:
+        for turn in range(repeats + 1):  # the first is for warming up: what is kept is made there
+            for call, of in calls.items():
+                with plain_attention() if call.endswith("plain") else nullcontext():
+                    if not turn:
+                        outputs[call] = of()
+                        continue
+                    durations[call].append(seconds_of(of) / (4 if "4_lines" in call else 1))
             print({key: [round(v, 3) for v in values] for key, values in durations.items()}, flush=True)
     found = {key: statistics.median(values) for key, values in durations.items()}
-    ratios = {what: found[f"{what}_plain"] / found[f"{what}_ours"] for what in only if f"{what}_plain" in found}
-    if "unet_4_lines" in only:
-        ratios["unet_4_lines"] = found["unet_plain"] / found["unet_4_lines_ours"]
-    if "mom_and_tdm" in only:
-        found["step_fixed_text_ours"] = found["unet_ours"]
-        found["step_joint_ours"] = found["unet_ours"] + found["mom_and_tdm_ours"]
-        ratios["joint_over_fixed_text"] = found["step_joint_ours"] / found["step_fixed_text_ours"]
-    return {"seconds": rounded(found), "ratios": rounded(ratios), "repeats": repeats}
+    ratios, differences = {}, {}
+    for call, seconds in found.items():
+        what, _, form = call.replace("_4_lines", "").rpartition("_")
+        if form != "plain" and f"{what}_plain" in found:
+            ratios[call] = found[f"{what}_plain"] / seconds
+            if isinstance(outputs[call], Tensor):
+                differences[call] = float((outputs[call][:1] - outputs[f"{what}_plain"]).abs().max())
+    more = {"matrix_gflops": 2 * 2048**3 / found["matrix_product"] / 1e9, "peak_gb": peak_gigabytes()}
+    if "unet" in only:
+        with FlopCounterMode(display=False) as counter:
+            model.idm.unet(x, t, context)
+        more["unet_gflop"] = counter.get_total_flops() / 1e9
+    by_call = {"seconds": rounded(found), "ratios": rounded(ratios), "differences": rounded(differences)}
+    return {**by_call, "repeats": repeats, **rounded(more)}
 
 
 def rounded(values: dict[str, float]) -> dict[str, float]:
@@ -175,7 +218,8 @@ class ParityRecorder:
 
     def assert_close(self, actual, expected, *, atol: float = 2e-5, rtol: float = 1e-4, name: str = "") -> None:
         self.compare(actual, expected, atol=atol, rtol=rtol, name=name)
-        row = self.found.setdefault(self.fixture, {"comparisons": 0, "largest_difference": 0.0, "largest_value": 0.0})
+        fixture = self.fixture + " in tiles" * name.endswith(" in tiles")
+        row = self.found.setdefault(fixture, {"comparisons": 0, "largest_difference": 0.0, "largest_value": 0.0})
         row["comparisons"] += 1
         row["largest_difference"] = max(row["largest_difference"], parity_common.max_difference(actual, expected))
         row["largest_value"] = max(row["largest_value"], float(torch.as_tensor(expected).abs().max()))
@@ -183,12 +227,12 @@ class ParityRecorder:
 
     @staticmethod
     def pytest_collection_modifyitems(items: list) -> None:
-        words = ("load_fixture", "recorded", "reference_loss")
+        words = ("paper_size",) if SLOW else ("load_fixture", "recorded", "reference_loss")
         items[:] = [item for item in items if any(word in inspect.getsource(item.function) for word in words)]
 
 
 def parity() -> dict:
-    """Largest difference of each fixture, from the tests themselves; DIFFTSR_SLOW=1 adds the paper's sizes."""
+    """Largest difference of each fixture, from the tests themselves; with DIFFTSR_SLOW=1 those of the paper's sizes."""
     recorder = ParityRecorder()
     files = [str(file) for file in sorted((ROOT / "tests").glob("test_*.py")) if file.stem != "test_degradation"]
     status = pytest.main(["-q", "-p", "no:cacheprovider", *files], plugins=[recorder])
@@ -278,7 +322,7 @@ def convert(folder: Path) -> dict:
     return found
 
 
-PARTS = ["unet", "unet_4_lines", "vae_encode", "vae_decode", "mom_and_tdm"]
+PARTS = ["unet", "unet_4_lines", "vae_encode", "vae_decode", "mom_and_tdm", "restore"]
 
 
 def main() -> None:
@@ -293,7 +337,7 @@ def main() -> None:
     options.add_argument("--output", type=Path, default=ROOT / "data" / "benchmarks" / "official.json")
     chosen = options.parse_args()
     if chosen.part == "parity":
-        record(chosen.output, "parity_paper_size" if os.environ.get("DIFFTSR_SLOW") else "parity", parity())
+        record(chosen.output, "parity_paper_size" if SLOW else "parity", parity())
     elif chosen.part == "speed":
         record(chosen.output, f"speed_{chosen.preset}", speed(chosen.preset, chosen.only, chosen.repeats))
     elif chosen.part == "train":

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from difftsr import official
-from difftsr.idm import IDMStage, IDMTraining
+from difftsr.idm import IDMStage, IDMTraining, condition, reader_classes, text_classes
 from difftsr.model import DiffTSR, preset
 from difftsr.mom import MoMStage, MoMTraining, PublishedMoMConfig
 from difftsr.recognizer import RecognizerConfig, RecognizerStage, RecognizerTraining
@@ -22,6 +22,8 @@ from difftsr.restore import line_to_canvas, restore
 from difftsr.sampling import released_reading, to_released
 from difftsr.tdm import PublishedTDMConfig, TDMStage, TDMTraining
 from difftsr.text_lines import Alphabet
+from difftsr.train import TrainConfig, starting_model, train
+from difftsr.unet import WinogradConv2d, use_winograd
 from difftsr.vae import VAEConfig, VAEStage, VAETraining
 from parity_common import COMMITTED, assert_close, load_fixture, parity_folder, recipe_state_dict
 
@@ -217,14 +219,20 @@ def test_transocr():
     assert_close(packed, f.outputs["pred_packed"], **WHOLE)
 
 
-@pytest.mark.skipif(not os.environ.get("DIFFTSR_SLOW"), reason="4 GB and minutes: set DIFFTSR_SLOW=1 to run")
-@pytest.mark.parametrize("name", ["IDM_Unet", "TDM_Decoder", "MoM_module", "VAE_model"])
-def test_paper_size(name):
+@pytest.mark.skipif(not os.environ.get("DIFFTSR_SLOW"), reason="8 GB and minutes: set DIFFTSR_SLOW=1 to run")
+@pytest.mark.parametrize(
+    ("name", "tiles"),
+    [("IDM_Unet", ""), ("IDM_Unet", " in tiles"), ("TDM_Decoder", ""), ("MoM_module", ""), ("VAE_model", ""),
+     ("VAE_model", " in tiles")],
+)  # fmt: skip
+def test_paper_size(name, tiles):
     f = load_fixture(f"paper_{name}_recipe")
     rows = (row.split("\t") for row in (parity_folder() / "keys" / f"{name}.tsv").read_text().splitlines())
     shapes = {row[0]: tuple(int(n) for n in row[1].split("x")) for row in rows}
     make = dict(IDM_Unet=official.unet, TDM_Decoder=official.tdm, MoM_module=official.mom, VAE_model=official.vae)
     net, x = make[name](f.manifest["config"], recorded_weights(f, shapes)), f.inputs
+    if tiles:
+        use_winograd(net)
     with torch.no_grad():
         if name == "IDM_Unet":
             pairs = {"eps": net(x["x"], x["timesteps"], x["context"])}
@@ -233,10 +241,11 @@ def test_paper_size(name):
         elif name == "MoM_module":
             pairs = dict(zip(("I_cond", "C_cond"), net(x["c_t"], x["z_lr"], x["z_t"], x["t"])))
         else:
-            pairs = {"mean": net.encode(x["x"]).mean, "decode_z": net.decode(x["z"])}
+            posterior = net.encode(x["x"])
+            pairs = {"moments": torch.cat([posterior.mean, posterior.logvar], 1), "decode_z": net.decode(x["z"])}
     assert pairs.keys() <= f.outputs.keys()
     for key, value in pairs.items():
-        assert_close(value, f.outputs[key], atol=1e-3, rtol=1e-3, name=key)
+        assert_close(value, f.outputs[key], atol=1e-3, rtol=1e-3, name=key + tiles)
 
 
 def test_settings_that_do_not_exist_are_named():
@@ -403,6 +412,7 @@ def test_conversion_and_restoration(files, parts, tmp_path, capsys, monkeypatch)
     for mode in ("full", "baseline", "no-text"):
         first, second = (restore(whole, line, steps=5, mode=mode, seed=3) for _ in range(2))
         assert first.image.tobytes() == second.image.tobytes() and first.image.size == (384, 128)
+    assert any(isinstance(layer, WinogradConv2d) for layer in whole.modules())  # on a CPU
     chosen = restore(whole, line, steps=5, mode="baseline", candidates=2, text="天地")
     assert chosen.text == "天地"
     with pytest.raises(ValueError, match="cannot do 300 steps"):
@@ -429,6 +439,65 @@ def test_errors_of_the_command(tmp_path, capsys):
 # ---------------------------------------------------------------- training at published settings
 
 
+@pytest.fixture(scope="module")
+def start(files, tmp_path_factory):
+    """A folder of converted weights, and the characters beside, from which the paper's model is trained on."""
+    folder = tmp_path_factory.mktemp("start")
+    arguments = [str(files / "joint.ckpt"), "--recognizer", str(files / "transocr.ckpt"), "--output", str(folder)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(official, "preset", lambda name: small_config())
+        assert official.main(arguments) == 0
+    return folder
+
+
+@pytest.mark.parametrize("stage", ["tdm", "idm", "mom"])
+def test_a_run_of_the_paper_s_model_with_its_alphabet(files, start, tmp_path, monkeypatch, stage):
+    monkeypatch.setattr("difftsr.train.preset", lambda name: small_config())
+    options = dict(preset="paper", init=str(start), steps=2, batch_size=2, warmup=1, bar=False)
+    config = TrainConfig(stage, output=tmp_path, alphabet=files / "alphabet.txt", **options)
+    if stage == "idm":
+        config.overrides = {"ocr_start": 0.0}
+    train(config)
+    before = DiffTSR.from_pretrained(start)
+    model = DiffTSR.from_pretrained(tmp_path / "weights")  # in the end the run's own folder says all
+    assert model.alphabet.characters == model.reader_alphabet.characters == CHARACTERS and model.config.reference
+    for name, network in before.networks().items():
+        assert same(model.networks()[name], network.state_dict()) == (name != stage), name
+    line = np.full((20, 60, 3), 128, np.uint8)
+    assert restore(model, line, steps=5, mode="full").image.size == (384, 128)
+
+
+def test_a_run_of_the_paper_s_model_says_what_it_lacks(files, start, tmp_path, monkeypatch):
+    monkeypatch.setattr("difftsr.train.preset", lambda name: small_config())
+    config = TrainConfig("tdm", preset="paper", output=tmp_path, init=str(start))
+    for alphabet, message in ((None, "--alphabet"), (tmp_path / "none.txt", "none.txt: cannot be read")):
+        with pytest.raises(ValueError, match=message):
+            starting_model(replace(config, alphabet=alphabet), "tdm")
+    (tmp_path / "short.txt").write_text(CHARACTERS[:5], encoding="utf-8")
+    with pytest.raises(ValueError, match="5 characters, but weights of 13 classes need 12"):
+        starting_model(replace(config, alphabet=tmp_path / "short.txt"), "tdm")
+    (tmp_path / "alone.txt").write_text(CHARACTERS, encoding="utf-8")
+    (tmp_path / "short.txt").unlink()
+    monkeypatch.setattr(official, "sibling_alphabet", lambda *_: None)
+    with pytest.raises(ValueError, match="the recogniser.s table of 12"):
+        starting_model(replace(config, alphabet=tmp_path / "alone.txt"), "tdm")
+    with pytest.raises(ValueError, match="--alphabet is for the preset paper"):
+        starting_model(TrainConfig("vae", preset="tiny", output=tmp_path, alphabet=files / "alphabet.txt"), "vae")
+
+
+def test_training_uses_the_released_classes(donor):
+    """The last character has class 13 in an `Alphabet` of twelve, and 11 of 13 classes in released networks."""
+    model = DiffTSR(replace(donor.config, reference=True), donor.alphabet)
+    model.reader_alphabet = donor.alphabet
+    tokens = donor.alphabet.encode_batch([CHARACTERS[-2:]])
+    assert text_classes(model, tokens)[0, :3].tolist() == [10, 11, 12]
+    assert reader_classes(model, tokens)[0, :3].tolist() == [12, 13, 14]  # and END
+    z = torch.randn(1, 3, 8, 32)
+    model.vae.latent_scale.fill_(1 / official.LATENT_FACTOR)
+    torch.testing.assert_close(condition(model, z), z / official.LATENT_FACTOR)
+    assert condition(donor, z) is z and text_classes(donor, tokens) is tokens
+
+
 def test_every_stage_takes_a_step(donor):
     """The published networks learn: a finite loss, and gradients for the network of the stage."""
     g = torch.Generator().manual_seed(0)
@@ -439,7 +508,7 @@ def test_every_stage_takes_a_step(donor):
     stages = {
         "vae": (VAEStage, replace(VAETraining.paper(), lpips=0.0, crop=(32, 128))),
         "recognizer": (RecognizerStage, RecognizerTraining()),
-        "idm": (IDMStage, IDMTraining(loss="l1")),
+        "idm": (IDMStage, IDMTraining.paper()),
         "tdm": (TDMStage, TDMTraining.paper()),
         "mom": (MoMStage, MoMTraining.paper()),
     }

@@ -437,6 +437,7 @@ def recorded_model(fixture):
         )
         official.fill(network, weights, "fixture", optional=("latent_shift", "latent_scale"))
     model.tdm.rezero["alpha"].data.fill_(fixture.manifest["tdm_rezero_alpha"])
+    model.vae.latent_scale.fill_(1 / official.LATENT_FACTOR)
     model.reader_alphabet = alphabet
     model.recognizer.read = lambda lr: Reading.of(torch.full((len(lr), 24), 51))  # END: nothing was read
     return model.eval()

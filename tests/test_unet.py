@@ -10,9 +10,12 @@ from difftsr.unet import (
     SpatialTransformer,
     UNet,
     UNetConfig,
+    WinogradConv2d,
     column_centers,
     position_code,
     timestep_embedding,
+    use_winograd,
+    winograd_matrices,
 )
 from parity_common import assert_close, fill_with_recipe, load_fixture, parity_folder
 
@@ -217,3 +220,50 @@ def test_codes_of_columns_and_of_characters_agree():
 def test_tokens_without_a_place_are_not_favoured_by_distance():
     bias = DistanceBias(2)(column_centers(1, 8), torch.tensor([[0.5, -1.0]]))
     assert bias[..., 1].abs().max() == 0 and bias[..., 0].max() <= 0
+
+
+# --- fewer multiplications ---
+
+
+@pytest.mark.parametrize("tile", [2, 4])
+def test_the_matrices_of_winograd_filter_a_line(tile):
+    back, taps_in, into = winograd_matrices(tile)
+    g, d = torch.randn(3).double(), torch.randn(tile + 2).double()
+    torch.testing.assert_close(back @ ((taps_in @ g) * (into @ d)), d.unfold(0, 3, 1) @ g, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(5, 7), (4, 16), (16, 64), (33, 50)])  # whole tiles or not, both sizes
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_convolution_in_tiles_is_the_convolution(height, width, bias):
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(40, 24, 3, padding=1, bias=bias)
+    x, exact = torch.randn(3, 40, height, width), conv.double()
+    with torch.no_grad():
+        expected = exact(x.double())
+        error = (WinogradConv2d(conv.float())(x) - expected).abs().max()
+        assert error < 3e-5 and error < 10 * (conv(x) - expected).abs().max()
+
+
+def test_a_network_in_tiles_keeps_its_keys_its_gradients_and_its_result():
+    net, (x, t, context) = small(), inputs()
+    keys = list(net.state_dict())
+    expected = net(x, t, context)
+    use_winograd(net, channels=16)
+    count = sum(isinstance(layer, WinogradConv2d) for layer in net.modules())
+    assert count > 8 and list(net.state_dict()) == keys
+    assert torch.equal(net(x, t, context), expected)  # with gradients: the ordinary convolution
+    with torch.no_grad():
+        torch.testing.assert_close(net(x, t, context), expected, atol=1e-4, rtol=1e-4)
+    layer = next(layer for layer in net.modules() if isinstance(layer, WinogradConv2d))
+    assert layer.kept
+    net(x, t, context).sum().backward()
+    assert not layer.kept and layer.weight.grad is not None  # after a step the kept weights would be the old ones
+
+
+def test_only_convolutions_that_gain_are_exchanged():
+    same = dict(kernel_size=3, padding=1)
+    others = (dict(kernel_size=1), dict(kernel_size=3), {**same, "stride": 2}, {**same, "groups": 2},
+              {**same, "padding_mode": "reflect"}, {**same, "dilation": 2})  # fmt: skip
+    odd = [torch.nn.Conv2d(128, 128, **settings) for settings in others] + [torch.nn.Conv2d(128, 64, **same)]
+    network = use_winograd(torch.nn.Sequential(*odd, torch.nn.Conv2d(128, 128, **same)))
+    assert [isinstance(layer, WinogradConv2d) for layer in network] == [False] * len(odd) + [True]
