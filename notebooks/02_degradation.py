@@ -1784,8 +1784,8 @@ def turned(step: dict, values: dict[str, float]) -> dict:
 
 
 recipe = draw_recipe((128, 512), np.random.default_rng(10), DegradationConfig(strength="hard"))
-blur = recipe.steps[0]
-print(knobs(blur).keys(), "of", blur["op"])
+blur = next(step for step in recipe.steps if step["op"] == "blur")
+print({name: round(value, 2) for name, value in knobs(blur).items()})
 assert turned(blur, knobs(blur)) == blur
 
 
@@ -1806,7 +1806,7 @@ def verdict(picture: np.ndarray) -> str:
     if reader is None:
         return "no reader is installed"
     text = reader(np.rint(picture * 255).astype(np.uint8))[0]
-    return f"NED {ned(text, '龙江路小学 302'):.2f}: {text}"
+    return f"NED {ned(text, '龙江路小学 302'):.2f}: {text or 'nothing'}"
 
 
 def limits(name: str, value: float) -> tuple[float, float]:

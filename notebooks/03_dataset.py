@@ -1564,7 +1564,9 @@ def write_evaluation_sets(folder: str | Path) -> None:
 #
 # ### What does it cost?
 #
-# Rates of lines as `tests/bench_data.py` has measured them, on a machine that others were using too (`load_average_before` says how much): read them against each other, not as what your machine can do. On a CPU the batched degradation is several times slower than the one-line form; it is for a graphics card. To feed 3,000 lines a second, render a pool of sharp canvases once, read it, and let the graphics card degrade (`degrade_batch`) and encode; `plan` in the file says what each other way would take in cores.
+# Rates of lines as `python tests/bench_data.py` has measured them on two cores, with nothing else running: `load_average_before` in the file says how true that was. On a CPU the batched degradation keeps step with the one-line form; on a graphics card it has the card's speed, which nobody has measured here.
+#
+# How would one feed 3,000 lines a second? Not by rendering and degrading each line when it is asked for: that takes as many cores as the first line of the table says. So render a pool of sharp canvases once, read it, draw the recipes on the host, and let the card degrade (`degrade_batch`) and encode. What that takes in cores is measured; what it takes of the card is *counted*, from the calls and bytes of the batched form, and `not_measured` says what was assumed.
 
 # %%
 measured = json.loads((data_folder() / "benchmarks" / "data.json").read_text(encoding="utf-8"))
@@ -1575,6 +1577,10 @@ plt.xscale("log")
 plt.xlabel("lines a second")
 plt.title(measured["machine"], fontsize=9)
 _ = plt.gca().invert_yaxis()
+
+# %%
+for name, value in measured["plan"].items():
+    print(f"{name.replace('_', ' '):46s} {value}")
 
 
 # %%
