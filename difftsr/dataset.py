@@ -50,6 +50,8 @@ from difftsr.text_lines import (
     data_folder,
     find_fonts,
     read_table,
+    write_atomically,
+    write_json,
 )
 
 # %% ../notebooks/03_dataset.ipynb #8c93bcd9
@@ -841,12 +843,9 @@ def clean(
             bar.update(len(measured))
     mark_duplicates(rows)
     report = CleaningReport(rows)
-    index.parent.mkdir(parents=True, exist_ok=True)
     _write_report(report, source, index)
     table = ["record\ttext", *(f"{row['record']}\t{row['text']}" for row in rows if row["reason"] is None)]
-    unfinished = index.with_name(f".{index.name}.{os.getpid()}")
-    unfinished.write_text("\n".join(table) + "\n", encoding="utf-8")
-    os.replace(unfinished, index)
+    write_atomically(index, ("\n".join(table) + "\n").encode())
     return report
 
 
@@ -903,7 +902,7 @@ def _write_report(report: CleaningReport, source: LineSource, index: Path) -> No
     shapes = histograms(report.rows)
     described = {"kept": len(report.kept), "records": len(report.rows), "dropped": report.counts, "histograms": shapes}
     stem = index.with_suffix("")
-    Path(f"{stem}.json").write_text(json.dumps(described, ensure_ascii=False, indent=1), encoding="utf-8")
+    write_json(f"{stem}.json", described)
     write_picture(Path(f"{stem}_histograms.png"), draw_histograms(shapes))
     if report.counts:
         write_picture(Path(f"{stem}_dropped.png"), dropped_sheet(report, source))

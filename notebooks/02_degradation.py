@@ -73,7 +73,7 @@ if os.path.dirname(os.getcwd()) not in sys.path:
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal
 
 import cv2
@@ -86,9 +86,10 @@ MIN_SIDE = 4  # no intermediate or final image is smaller than this, in pixels
 
 # %%
 import matplotlib.pyplot as plt
+from matplotlib.font_manager import FontProperties, fontManager
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-from difftsr.text_lines import LineRenderer, LineStyle, find_fonts, package_font_folders
+from difftsr.text_lines import Alphabet, LineRenderer, LineStyle, PhraseSampler, find_fonts, package_font_folders
 
 set_matplotlib_formats("jpeg", pil_kwargs={"quality": 60})  # PNG cannot compress noise, of which there is a lot here
 
@@ -639,7 +640,7 @@ variance = poisson_noise(ramp, 1.0, np.random.default_rng(0)).var(axis=0).ravel(
 _, axis = plt.subplots(figsize=(4.5, 2), dpi=72)
 axis.plot(ramp[0, :, 0], variance * 1000, lw=0.8, label="drawn")
 axis.plot(ramp[0, :, 0], ramp[0, :, 0] / 256 * 1000, lw=0.8, label="v / L")
-axis.set(xlabel="pixel value v", ylabel="variance / 1000")
+axis.set(xlabel="pixel value v", ylabel="1000 x variance")
 axis.legend(fontsize=8)
 plt.show()
 assert np.abs(variance[20:] / (ramp[0, 20:, 0] / 256) - 1).max() < 0.15
@@ -750,7 +751,7 @@ def quantise(planes: torch.Tensor, table: torch.Tensor, rounding: Callable = tor
     dct = DCT.to(planes)
     strips = planes.reshape(batch, channels, height // 8, 8, width)
     spectrum = (dct @ strips).reshape(batch, channels, height // 8, 8, width // 8, 8) @ dct.T
-    spectrum = rounding(spectrum / step) * step
+    spectrum = rounding(spectrum / step).mul_(step)
     strips = (spectrum @ dct).reshape(strips.shape)
     return (dct.T @ strips).reshape(planes.shape)
 
@@ -765,14 +766,14 @@ def diff_jpeg(images: torch.Tensor, quality: float | torch.Tensor, *, differenti
     quality = torch.as_tensor(quality, dtype=images.dtype, device=images.device).expand(batch)
     factor = torch.where(quality < 50, 50 / quality, 2 - quality / 50).reshape(batch, 1, 1)
     rounding = soft_round if differentiable else torch.round
-    padded = F.pad(images, (0, -width % 16, 0, -height % 16))
+    padded = F.pad(images, (0, -width % 16, 0, -height % 16)) if height % 16 or width % 16 else images
     ycbcr = (255 * TO_YCBCR.to(images) @ padded.flatten(2)).reshape(padded.shape)
     # The released code uses the luminance table transposed; we follow it.
-    luminance = quantise(ycbcr[:, :1] - 128, LUMINANCE_TABLE.T.to(images) * factor, rounding) + 128
+    luminance = quantise(ycbcr[:, :1] - 128, LUMINANCE_TABLE.T.to(images) * factor, rounding).add_(128)
     chroma = quantise(F.avg_pool2d(ycbcr[:, 1:], 2), CHROMA_TABLE.to(images) * factor, rounding)
     chroma = F.interpolate(chroma, scale_factor=2, mode="nearest")
     rgb = (FROM_YCBCR.to(images) @ torch.cat([luminance, chroma], dim=1).flatten(2)).reshape(padded.shape)
-    return rgb[..., :height, :width].clamp(0, 255) / 255
+    return rgb[..., :height, :width].clamp(0, 255).div_(255)
 
 
 def soft_jpeg(image: np.ndarray, quality: float) -> np.ndarray:
@@ -1232,7 +1233,7 @@ assert np.array_equal(spoiled.lr, again.lr)  # the same seed, the same bytes
 def sheet(strength: str, seed: int) -> tuple[str, np.ndarray]:
     """One spoiled line and its caption."""
     spoiled = degrade(line, np.random.default_rng(seed), DegradationConfig(strength=strength))
-    caption = f"{strength}: {spoiled.pipeline} x{spoiled.scale}, {seed}"
+    caption = f"{strength}: {spoiled.pipeline} x{spoiled.scale}, seed {seed}"
     return caption, to_canvas(spoiled.lr).astype(np.float32) / 255
 
 
@@ -1263,7 +1264,7 @@ assert list(distance.values()) == sorted(distance.values())
 # 1. `draw_recipe` draws, on the CPU, what shall happen to one line: a list of steps with their numbers. A recipe is plain data: it can be printed, stored, changed and done again.
 # 2. `follow` does the steps of many recipes to a batch of lines, in torch, on any device. At each round the lines that have the same operation next are done together.
 #
-# The distributions are those of `bsrgan` and `real_esrgan` above, with two differences: every JPEG is `diff_jpeg`, because no device has libjpeg, and Poisson noise comes from torch's exact sampler.
+# The distributions are those of `bsrgan` and `real_esrgan` above, with one difference: every JPEG is `diff_jpeg`, because no device has libjpeg.
 
 # %%
 #| export
@@ -1449,177 +1450,208 @@ for step in recipe.steps:
 
 
 # %% [markdown]
-# Lines of one batch soon have different sizes: each is shrunk by its own factor. They are kept in the upper left corner of one tensor, with zeros around, and every operation must act as if each line stood alone. A resize is linear and separable, $Y = R\,X\,C^\top$: the matrices $R$ and $C$ are what the one-image resize does to the unit vectors, so both forms agree by construction.
+# Lines of one batch soon have different sizes: each is shrunk by its own factor. Where several go through one call, they lie in the upper left corners of one tensor, with zeros around, and every operation must act as if each line stood alone. A graphics card wants that, since a call costs it more than some zeros. A CPU does not, since it computes every zero: there each line goes alone, at its own size, and OpenCV filters and resizes it, which it does several times faster than torch. The numbers are the same to the last but one bit; the device decides.
+#
+# Torch has three of the resizes too. The others are linear and separable, $Y = R\,X\,C^\top$: the matrices $R$ and $C$ are what the one-image resize does to the unit vectors, so both forms agree by construction.
 
 # %%
 #| export
 @lru_cache(maxsize=512)
-def resize_weights(old: int, new: int, mode: str) -> torch.Tensor:
+def resize_weights(old: int, new: int, mode: str, device: torch.device | None = None) -> torch.Tensor:
     """The (new, old) matrix of a resize along one axis; `mode` as in `resize`, "mean" (torch's area) or "matlab"."""
     if mode == "matlab":
-        return torch.from_numpy(matlab_weights(old, new / old)[:new])
+        return torch.from_numpy(matlab_weights(old, new / old)[:new]).to(device)
     unit = np.eye(old, dtype=np.float32)[..., None]
     tall = np.repeat(unit, MIN_SIDE, axis=1) if old < MIN_SIDE else unit
     along = interpolate(tall, new, tall.shape[1], "area") if mode == "mean" else resize(tall, new, tall.shape[1], mode)
-    return torch.from_numpy(np.ascontiguousarray(along.reshape(new, -1)[:, :old]))
+    return torch.from_numpy(np.ascontiguousarray(along.reshape(new, -1)[:, :old])).to(device)
 
 
-def _padded(matrices: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Matrices of several sizes as one tensor (n, height, width), zeros around."""
-    height, width = (max(matrix.shape[axis] for matrix in matrices) for axis in (0, 1))
-    stacked = torch.zeros(len(matrices), height, width)
-    for place, matrix in zip(stacked, matrices, strict=True):
-        place[: matrix.shape[0], : matrix.shape[1]] = matrix
-    return stacked.to(device, non_blocking=True)
+def _by_planes(line: torch.Tensor, block: Callable, *arguments) -> torch.Tensor:
+    """A block for one image on the three planes of a line (3, h, w), on the CPU."""
+    return torch.from_numpy(np.stack([block(plane, *arguments) for plane in line.numpy()]))
 
 
-def _mirror(sizes: torch.Tensor, longest: int, reach: int) -> torch.Tensor:
-    """(n, longest + 2 reach) indices that continue each line beyond its end as in a mirror, the edge not repeated."""
-    at = torch.arange(-reach, longest + reach, device=sizes.device)[None]
-    period = (2 * sizes[:, None] - 2).clamp(min=1)
-    at = at.remainder(period)
-    return torch.minimum(at, period - at).clamp(max=longest - 1)
+TORCH_MODES = {"linear": "bilinear", "cubic": "bicubic", "mean": "area"}  # the same numbers as OpenCV's
 
+
+def torch_resized(line: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
+    """A line (3, h, w) at another size, on any device; `mode` as in `resize_weights`."""
+    if mode in TORCH_MODES:
+        return F.interpolate(line[None], size, mode=TORCH_MODES[mode])[0]
+    rows, columns = (resize_weights(o, n, mode, line.device) for o, n in zip(line.shape[1:], size, strict=True))
+    return rows @ line @ columns.T
+
+
+def resized(line: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
+    """The same, by OpenCV where it can."""
+    if line.device.type == "cpu" and mode in CV2_MODES:
+        return _by_planes(line, resize, *size, mode)
+    return torch_resized(line, size, mode)
+
+
+def _resize(lines: Sequence[torch.Tensor], steps: Sequence[dict]) -> list[torch.Tensor]:
+    out = [resized(line, tuple(step["size"]), step["mode"]) for line, step in zip(lines, steps, strict=True)]
+    return [line.clamp(0, 1) if step["clip"] else line for line, step in zip(out, steps, strict=True)]
+
+
+# %% [markdown]
+# A blur has up to 25 x 25 numbers for every pixel, and every line has its own kernel. For a batch the Fourier transform is the way: there filtering is a product, and the size of the kernel costs nothing. $x \ast k = \mathcal F^{-1}(\mathcal F x \cdot \overline{\mathcal F k})$, with the bar because Real-ESRGAN correlates. The transform takes a picture for a tile of an endless floor, so the mirrored border comes first, and it likes lengths without large prime factors.
 
 # %%
 #| export
-def _blur(x: torch.Tensor, sizes: torch.Tensor, steps: Sequence[dict]) -> torch.Tensor:
-    kernels = [recipe_kernel(**step["kernel"]) for step in steps]
+def _stacked(lines: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Lines (3, h, w) of several sizes as one tensor (n, 3, height, width), zeros around."""
+    if len(lines) == 1:
+        return lines[0][None]
+    height, width = (max(line.shape[axis] for line in lines) for axis in (1, 2))
+    out = lines[0].new_zeros(len(lines), 3, height, width)
+    for place, line in zip(out, lines, strict=True):
+        place[:, : line.shape[1], : line.shape[2]] = line
+    return out
+
+
+def _apart(x: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    """The lines (3, h, w) of a stacked tensor."""
+    return [line[:, :height, :width] for line, (height, width) in zip(x, sizes, strict=True)]
+
+
+@lru_cache(maxsize=4096)
+def fast_length(length: int) -> int:
+    """The next even length whose prime factors are 2, 3 and 5: what a Fourier transform is quick at."""
+    candidate = length + length % 2
+    while (30**16) % candidate:  # 30^16 holds every such number below 2^17
+        candidate += 2
+    return candidate
+
+
+def _mirrored(line: torch.Tensor, reach: int) -> torch.Tensor:
+    """A line (3, h, w) continued on each side by `reach` pixels as in a mirror, the edge not repeated."""
+    if reach < min(line.shape[1:]):
+        return F.pad(line, (reach,) * 4, mode="reflect")
+    rows, columns = (torch.from_numpy(np.pad(np.arange(side), reach, mode="reflect")) for side in line.shape[1:])
+    return line[:, rows.to(line.device)][:, :, columns.to(line.device)]
+
+
+def correlate_batch(lines: Sequence[torch.Tensor], kernels: Sequence[np.ndarray]) -> list[torch.Tensor]:
+    """`correlate` for lines (3, h, w) of several sizes, each with its own kernel (k, k), on any device."""
     reach = max(len(kernel) for kernel in kernels) // 2
-    kernels = [np.pad(kernel, reach - len(kernel) // 2) for kernel in kernels]
-    n, channels, height, width = x.shape
-    rows, columns = _mirror(sizes[:, 0], height, reach), _mirror(sizes[:, 1], width, reach)
-    x = x.gather(2, rows[:, None, :, None].expand(-1, channels, -1, width))
-    x = x.gather(3, columns[:, None, None, :].expand(-1, channels, x.shape[2], -1))
-    flat = x.reshape(1, n * channels, *x.shape[2:])
-    for weights in _passes(kernels):
-        weights = weights.to(x).repeat_interleave(channels, dim=0)
-        flat = F.conv2d(flat, weights[:, None], groups=n * channels)
-    return flat.reshape(n, channels, height, width)
+    x = _stacked([_mirrored(line, reach) for line in lines])
+    tile = [fast_length(side) for side in x.shape[2:]]
+    same_size = np.stack([np.pad(kernel, reach - len(kernel) // 2) for kernel in kernels])[:, None]
+    spectrum = torch.fft.rfft(torch.from_numpy(same_size).to(x), n=tile[1])  # of few rows: all others are zero
+    spectrum = torch.fft.rfft2(x, s=tile) * torch.fft.fft(spectrum, n=tile[0], dim=2).conj()
+    return _apart(torch.fft.irfft2(spectrum, s=tile), [line.shape[1:] for line in lines])
 
 
-def _passes(kernels: Sequence[np.ndarray]) -> list[torch.Tensor]:
-    """One pass with the kernels (n, k, k), or two, columns then rows, where every kernel is a product of the two."""
-    pairs = [separated(kernel) for kernel in kernels]
-    if any(pair is None for pair in pairs):
-        return [torch.from_numpy(np.stack(kernels))]
-    columns, rows = (torch.from_numpy(np.stack(side)) for side in zip(*pairs, strict=True))
-    return [columns[:, :, None], rows[:, None, :]]
+def _trimmed(kernel: np.ndarray) -> np.ndarray:
+    """Without the outer rings whose cells are too small to be seen in 8 bits."""
+    while len(kernel) > 3 and max(np.abs(kernel[[0, -1]]).max(), np.abs(kernel[:, [0, -1]]).max()) < 1e-6:
+        kernel = kernel[1:-1, 1:-1]
+    return np.ascontiguousarray(kernel)
 
 
-def _resize(x: torch.Tensor, sizes: torch.Tensor, steps: Sequence[dict]) -> torch.Tensor:
-    old = sizes.tolist()
-    rows, columns = (
-        _padded([resize_weights(o[axis], step["size"][axis], step["mode"]) for o, step in zip(old, steps)], x.device)
-        for axis in (0, 1)
-    )
-    x = rows[:, None] @ x[:, :, : rows.shape[2], : columns.shape[2]] @ columns[:, None].mT
-    clip = torch.tensor([step["clip"] for step in steps], device=x.device)
-    return torch.where(clip[:, None, None, None], x.clamp(0, 1), x)
+def _blur(lines: Sequence[torch.Tensor], steps: Sequence[dict]) -> list[torch.Tensor]:
+    kernels = [_trimmed(recipe_kernel(**step["kernel"])) for step in steps]
+    if lines[0].device.type == "cpu":
+        return [_by_planes(line, correlate, kernel) for line, kernel in zip(lines, kernels, strict=True)]
+    return correlate_batch(lines, kernels)
 
 
-def _drawn(x: torch.Tensor, sizes: torch.Tensor, steps: Sequence[dict], draw: Callable) -> torch.Tensor:
-    """`draw(line, step, generator)` for every line alone, so that the outcome does not depend on its neighbours."""
-    generator, out = torch.Generator(x.device), torch.zeros_like(x)
-    for i, ((height, width), step) in enumerate(zip(sizes.tolist(), steps, strict=True)):
-        generator.manual_seed(step["seed"])
-        out[i, :, :height, :width] = draw(x[i, :, :height, :width], step, generator)
-    return out
+# %% [markdown]
+# The other operations. Noise is drawn with a generator for each line, from the seed in its step, so that a line does not depend on its neighbours.
+
+# %%
+#| export
+def _decimate(lines: Sequence[torch.Tensor], steps: Sequence[dict]) -> list[torch.Tensor]:
+    return [line[:, :: step["every"], :: step["every"]].clamp(0, 1) for line, step in zip(lines, steps, strict=True)]
 
 
-def _noise(x: torch.Tensor, sizes: torch.Tensor, steps: Sequence[dict]) -> torch.Tensor:
-    def draw(line: torch.Tensor, step: dict, generator: torch.Generator) -> torch.Tensor:
-        shape = (1 if step["gray"] else 3, *line.shape[1:])
-        unit = torch.randn(shape, generator=generator, device=line.device)
-        if step["mix"] is not None:
-            return torch.einsum("chw,cd->dhw", unit, torch.tensor(step["mix"], device=line.device))
-        return unit * (step["sigma"] / 255)
-
-    return (x + _drawn(x, sizes, steps, draw)).clamp(0, 1)
+def _with_noise(lines: Sequence[torch.Tensor], steps: Sequence[dict], draw: Callable) -> list[torch.Tensor]:
+    """Adds `draw(line, step, generator)` to every line."""
+    generator = torch.Generator(lines[0].device)
+    return [
+        (line + draw(line, step, generator.manual_seed(step["seed"]))).clamp_(0, 1)
+        for line, step in zip(lines, steps, strict=True)
+    ]
 
 
-def _poisson(x: torch.Tensor, sizes: torch.Tensor, steps: Sequence[dict]) -> torch.Tensor:
-    def draw(line: torch.Tensor, step: dict, generator: torch.Generator) -> torch.Tensor:
-        if step["gray"]:
-            line = (line * line.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
-        light = (line.clamp(0, 1) * 255).round() / 255
-        distinct = torch.count_nonzero(torch.bincount((light * 255).long().flatten(), minlength=256))
-        levels = torch.exp2(torch.ceil(torch.log2(distinct.float())))  # stays on the device
-        return (torch.poisson(light * levels, generator=generator) / levels - light) * step["scale"]
-
-    return (x + _drawn(x, sizes, steps, draw)).clamp(0, 1)
+def _gaussian(line: torch.Tensor, step: dict, generator: torch.Generator) -> torch.Tensor:
+    shape = (1 if step["gray"] else 3, *line.shape[1:])
+    unit = torch.randn(shape, generator=generator, device=line.device)
+    if step["mix"] is not None:
+        return torch.einsum("chw,cd->dhw", unit, torch.tensor(step["mix"], device=line.device))
+    return unit * (step["sigma"] / 255)
 
 
-def _jpeg(x: torch.Tensor, sizes: torch.Tensor, steps: Sequence[dict]) -> torch.Tensor:
-    quality = torch.tensor([step["quality"] for step in steps], device=x.device)
-    return diff_jpeg(x.clamp(0, 1), quality)
+@lru_cache(maxsize=2)
+def _poisson_tables(device: torch.device) -> torch.Tensor:
+    """`poisson_table` for 1, 2, 4, ... 256 levels: (9, 256, 4096) counts."""
+    return torch.from_numpy(np.stack([poisson_table(2**power) for power in range(9)]).astype(np.int16)).to(device)
 
 
-def _decimate(x: torch.Tensor, sizes: torch.Tensor, steps: Sequence[dict]) -> torch.Tensor:
-    every = {step["every"] for step in steps}
-    out = torch.zeros_like(x)
-    for k in every:
-        mine = torch.tensor([step["every"] == k for step in steps], device=x.device)
-        small = x[mine][:, :, ::k, ::k].clamp(0, 1)
-        out[mine, :, : small.shape[2], : small.shape[3]] = small
-    return out
+def _photons(line: torch.Tensor, step: dict, generator: torch.Generator) -> torch.Tensor:
+    """`poisson_noise`; the number of levels stays on the device."""
+    if step["gray"]:
+        line = (line * line.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
+    light = (line.clamp(0, 1) * 255).round_()
+    pixels = light.int()
+    histogram = line.new_zeros(256).index_add_(0, pixels.flatten(), line.new_ones(1).expand(pixels.numel()))
+    distinct = torch.count_nonzero(histogram)
+    power = (distinct > 2 ** torch.arange(8, device=line.device)).sum().int()  # log2 of the levels, rounded up
+    tables = _poisson_tables(line.device)
+    column = torch.randint(tables.shape[2], pixels.shape, generator=generator, device=line.device, dtype=torch.int32)
+    place = column.add_(pixels.add_(256 * power), alpha=tables.shape[2])
+    counts = tables.flatten().index_select(0, place.flatten()).reshape(line.shape)
+    return (counts * torch.exp2(-power.float()) - light.div_(255)).mul_(step["scale"])
 
 
-OPERATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor, Sequence[dict]], torch.Tensor]] = {
+def _jpeg(lines: Sequence[torch.Tensor], steps: Sequence[dict]) -> list[torch.Tensor]:
+    quality = torch.tensor([step["quality"] for step in steps], device=lines[0].device)
+    return _apart(diff_jpeg(_stacked(lines).clamp(0, 1), quality), [line.shape[1:] for line in lines])
+
+
+OPERATIONS: dict[str, Callable[[Sequence[torch.Tensor], Sequence[dict]], list[torch.Tensor]]] = {
     "blur": _blur,
     "resize": _resize,
     "decimate": _decimate,
-    "noise": _noise,
-    "poisson": _poisson,
+    "noise": partial(_with_noise, draw=_gaussian),
+    "poisson": partial(_with_noise, draw=_photons),
     "jpeg": _jpeg,
 }
-
-
-def _size_after(size: tuple[int, int], step: dict) -> tuple[int, int]:
-    if step["op"] == "resize":
-        return tuple(step["size"])
-    if step["op"] == "decimate":
-        return tuple(-(-side // step["every"]) for side in size)
-    return size
 
 
 # %%
 #| export
 @torch.no_grad()
-def follow(images: torch.Tensor, recipes: Sequence[Recipe]) -> list[torch.Tensor]:
+def follow(images: torch.Tensor, recipes: Sequence[Recipe], *, together: int | None = None) -> list[torch.Tensor]:
     """Do to every line of a batch what its recipe says, on the device of `images`.
 
     images (B, 3, H, W) RGB in [0, 1] -> B tensors (3, h, w) in [0, 1], rounded to 8 bits, small as they come. The same
-    recipes give the same lines again on the same device: call it with stored recipes to replay them.
+    recipes give the same lines again on the same device: call it with stored recipes to replay them. `together` says
+    how many lines go through one call: one on a CPU, all elsewhere, where nothing is given.
     """
     if images.ndim != 4 or images.shape[1] != 3 or len(images) != len(recipes):
         raise ValueError(f"expected (B, 3, H, W) images and B recipes, not {tuple(images.shape)} and {len(recipes)}")
-    sizes = [[tuple(images.shape[2:])] for _ in recipes]
-    for line, recipe in zip(sizes, recipes, strict=True):
-        for step in recipe.steps:
-            line.append(_size_after(line[-1], step))
-    tallest, widest = (max(size[axis] for line in sizes for size in line) for axis in (0, 1))
-    x = F.pad(images.float(), (0, widest - images.shape[3], 0, tallest - images.shape[2]))
+    if unknown := {step["op"] for recipe in recipes for step in recipe.steps} - set(OPERATIONS):
+        raise ValueError(f"unknown operation {min(unknown)!r}; known: {', '.join(OPERATIONS)}")
+    together = together or (1 if images.device.type == "cpu" else len(images))
+    lines = list(images.float())
+    for start in range(0, len(lines), together):
+        part = slice(start, start + together)
+        lines[part] = _followed(lines[part], recipes[part])
+    return [rounded(line) for line in lines]
+
+
+def _followed(lines: list[torch.Tensor], recipes: Sequence[Recipe]) -> list[torch.Tensor]:
+    """Step by step; the lines that have the same operation next are done together."""
     for number in range(max(len(recipe.steps) for recipe in recipes)):
         for name, operation in OPERATIONS.items():
             mine = [i for i, r in enumerate(recipes) if number < len(r.steps) and r.steps[number]["op"] == name]
-            if mine:
-                _advance(x, mine, operation, [recipes[i].steps[number] for i in mine],
-                         [sizes[i][number] for i in mine], [sizes[i][number + 1] for i in mine])  # fmt: skip
-    x = (x.clamp(0, 1) * 255).round() / 255
-    return [x[i, :, : line[-1][0], : line[-1][1]] for i, line in enumerate(sizes)]
-
-
-def _advance(x: torch.Tensor, mine: list[int], operation: Callable, steps: list, old: list, new: list) -> None:
-    """One operation on the lines `mine` of `x`, in place; outside of each line zeros stay zeros."""
-    height, width = (max(size[axis] for size in old) for axis in (0, 1))
-    index = torch.tensor(mine, device=x.device)
-    out = operation(x[index, :, :height, :width], torch.tensor(old, device=x.device), steps)
-    sides = torch.tensor(new, device=x.device)
-    down, across = (torch.arange(out.shape[axis], device=x.device)[None] for axis in (2, 3))
-    inside = (down < sides[:, :1])[:, None, :, None] & (across < sides[:, 1:])[:, None, None, :]
-    x[index] = 0
-    x[index, :, : out.shape[2], : out.shape[3]] = out * inside
+            done = operation([lines[i] for i in mine], [recipes[i].steps[number] for i in mine]) if mine else []
+            for i, line in zip(mine, done, strict=True):
+                lines[i] = line
+    return lines
 
 
 def degrade_batch(
@@ -1635,15 +1667,18 @@ def degrade_batch(
     return follow(images, recipes), recipes
 
 
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """To 8 bits, as a file would have it: values k / 255."""
+    return x.clamp(0, 1).mul_(255).round_().div_(255)
+
+
 def canvas_batch(lines: Sequence[torch.Tensor], size: tuple[int, int] = (128, 512)) -> torch.Tensor:
     """`to_canvas` for torch: lines (3, h, w) of several sizes in [0, 1] -> (B, 3, *size) on their device."""
     out = []
     for line in lines:
-        height, width = line.shape[1:]
-        for (h, w), mode in (((min(height, size[0]), min(width, size[1])), "area"), (size, "cubic")):
-            rows, columns = (resize_weights(o, n, mode).to(line) for o, n in zip(line.shape[1:], (h, w), strict=True))
-            line = rows @ line @ columns.T
-        out.append((line.clamp(0, 1) * 255).round() / 255)
+        smaller = (min(line.shape[1], size[0]), min(line.shape[2], size[1]))
+        line = line if smaller == line.shape[1:] else resized(line, smaller, "area")
+        out.append(rounded(line if smaller == size else resized(line, size, "cubic")))
     return torch.stack(out)
 
 
@@ -1711,14 +1746,17 @@ def reader_scores(read, lines: list, seeds: int = 1) -> dict[str, float]:
 
 
 # %%
+reader = None
 if importlib.util.find_spec("rapidocr_onnxruntime") and importlib.util.find_spec("rapidfuzz"):
     from difftsr.measures import PPOCR, ned
-    from difftsr.text_lines import Alphabet, LineRenderer, PhraseSampler, find_fonts, package_font_folders
 
+    reader = PPOCR("v4")
+
+# %%
+if reader:
     sampler, rng = PhraseSampler(Alphabet.classroom(), words="builtin"), np.random.default_rng(1)
-    renderer = LineRenderer(find_fonts(package_font_folders()))
-    written = [renderer.render(sampler.sample(rng), rng) for _ in range(20)]
-    scores = reader_scores(PPOCR("v4"), written)
+    written = [LineRenderer(fonts).render(sampler.sample(rng), rng) for _ in range(20)]
+    scores = reader_scores(reader, written)
     plt.figure(figsize=(5, 2.2))
     plt.bar(list(scores), list(scores.values()), color=["tab:green", *["tab:blue"] * 3, "tab:red"])
     plt.ylabel("NED by PP-OCRv4")
@@ -1729,49 +1767,132 @@ else:
 
 
 # %% [markdown]
-# On these lines noise alone costs more than blur alone or JPEG alone, and together they cost more than any of them: what blur has weakened, noise drowns. Change `strength` or the entries of `DAMAGE` and see whether that still holds.
+# On these twenty lines each kind of damage alone costs about a tenth of the score, and all together cost a quarter: what blur has weakened, noise drowns. Change `strength` or the entries of `DAMAGE` and see whether that still holds.
 
 # %% [markdown]
 # ## 13. Turn the knobs yourself
 #
-# First as a still picture, so that nothing is lost where no kernel runs: blur grows downwards, noise to the right.
+# Every number with a point in a recipe is a knob: widths of blur, strengths of noise, qualities of JPEG. `turned` gives a step new numbers and leaves everything else as it was drawn, the noise grain by grain.
 
 # %%
-def knobs(blur: float, noise: float, quality: int = 60, scale: int = 4) -> np.ndarray:
-    """The classic model with every number chosen by hand: blur, shrink, noise, JPEG."""
-    image = convolve(line, fspecial_gaussian(25, blur)) if blur > 0 else line
-    image = resize(image, 128 // scale, 512 // scale, "area")
-    image = image + gaussian_noise(image.shape, noise, np.random.default_rng(0))
-    return grown(jpeg(image, quality))
+def knobs(step: dict) -> dict[str, float]:
+    """The numbers of a step that can be turned; noise with correlated channels has its strength in a matrix."""
+    if step.get("mix"):
+        return {}
+    return {name: value for name, value in step.get("kernel", step).items() if isinstance(value, float)}
 
 
-show({f"blur {blur} px, noise {noise}": knobs(blur, noise) for blur in (0, 3, 6) for noise in (0, 15, 40)}, 3, 10)
+def turned(step: dict, values: dict[str, float]) -> dict:
+    """A step with other numbers."""
+    return step | ({"kernel": step["kernel"] | values} if "kernel" in step else values)
+
+
+recipe = draw_recipe((128, 512), np.random.default_rng(10), DegradationConfig(strength="hard"))
+blur = next(step for step in recipe.steps if step["op"] == "blur")
+print({name: round(value, 2) for name, value in knobs(blur).items()})
+assert turned(blur, knobs(blur)) == blur
+
+
+# %% [markdown]
+# First as a still picture, so that nothing is lost where no kernel runs. Each row turns the knobs of one step to a quarter of what was drawn (left) and to four times as much (right); angles stay. Over each line stands what PP-OCRv4 reads, and its NED.
+#
+# Look at the two blurs. The first comes before the noise: four times as wide, it takes the strokes away. The last comes after the noise: four times as wide, it takes the *noise* away, and the reader is grateful. The order of the damage counts, and that is why BSRGAN shuffles it.
+
+# %%
+def done(steps: Sequence[dict]) -> np.ndarray:
+    """Our line after these steps, on the canvas: (128, 512, 3) in [0, 1]."""
+    spoiled = canvas_batch(follow(four[:1], [replace(recipe, steps=tuple(steps))]))
+    return spoiled[0].permute(1, 2, 0).numpy()
+
+
+def verdict(picture: np.ndarray) -> str:
+    """What the reader makes of a picture, and how near that is to the truth."""
+    if reader is None:
+        return "no reader is installed"
+    text = reader(np.rint(picture * 255).astype(np.uint8))[0]
+    return f"NED {ned(text, '龙江路小学 302'):.2f}: {text or 'nothing'}"
+
+
+def limits(name: str, value: float) -> tuple[float, float]:
+    """From a quarter to four times a number, as far as that makes sense."""
+    highest = {"quality": 99.0, "cutoff": math.pi}.get(name, math.inf)
+    return (value, value) if name == "theta" else (value / 4, min(4 * value, highest))
+
+
+# %%
+fontManager.addfont(fonts[0].path)  # the captions hold Chinese
+plt.rcParams["font.family"] = [FontProperties(fname=fonts[0].path).get_name(), "DejaVu Sans"]
+sheet_of_knobs = {}
+for number, step in enumerate(recipe.steps):
+    for side, factor in enumerate(("a quarter", "four times")):
+        if knobs(step):
+            values = {name: limits(name, value)[side] for name, value in knobs(step).items()}
+            changed = done([turned(step, values) if one is step else one for one in recipe.steps])
+            sheet_of_knobs[f"{number + 1}. {step['op']}, {factor}. {verdict(changed)}"] = changed
+show({f"as drawn. {verdict(done(recipe.steps))}": done(recipe.steps)}, 1, 5)
+show(sheet_of_knobs, 2, 10)
+
+# %% [markdown]
+# And alive: choose a strength and a seed, leave out steps, turn their knobs.
 
 # %%
 # NBVAL_IGNORE_OUTPUT
 import ipywidgets as widgets
 
-sliders = {
-    "blur": widgets.FloatSlider(value=2, min=0, max=8, description="blur"),
-    "noise": widgets.FloatSlider(value=10, min=0, max=60, description="noise"),
-    "quality": widgets.IntSlider(value=60, min=5, max=95, description="quality"),
-    "scale": widgets.IntSlider(value=4, min=1, max=8, description="scale"),
-}
-picture = widgets.Image(format="png", width=512)
+strength = widgets.Dropdown(options=["mild", "medium", "hard", "severe", "paper"], value="hard", description="strength")
+seed = widgets.IntSlider(value=10, min=0, max=99, description="seed", continuous_update=False)
+rows, picture, caption = widgets.VBox(), widgets.Image(format="png", width=512), widgets.Label()
+
+
+def row(number: int, step: dict) -> widgets.HBox:
+    """A step as a box to tick and a slider for each knob."""
+    parts = [widgets.Checkbox(value=True, description=f"{number}. {step['op']}", indent=False)]
+    for name, value in knobs(step).items():
+        low, high = (0, math.pi) if name == "theta" else limits(name, value)
+        fine = dict(min=low, max=high, step=(high - low) / 100, continuous_update=False)
+        parts.append(widgets.FloatSlider(value, description=name, **fine))
+    for part in parts:
+        part.observe(redraw, names="value")
+    return widgets.HBox(parts)
 
 
 def redraw(change: dict | None = None) -> None:
-    """Show the line for the present positions of the sliders."""
-    spoiled = knobs(**{name: slider.value for name, slider in sliders.items()})
-    pixels = np.rint(np.clip(spoiled, 0, 1) * 255).astype(np.uint8)
+    """Follow the recipe as the boxes and sliders have it."""
+    steps = []
+    for step, (box, *sliders) in zip(drawn.steps, (one.children for one in rows.children), strict=True):
+        if box.value:
+            steps.append(turned(step, {slider.description: slider.value for slider in sliders}))
+    spoiled = done(steps)
+    pixels = np.rint(spoiled * 255).astype(np.uint8)
     picture.value = cv2.imencode(".png", pixels[..., ::-1])[1].tobytes()
+    caption.value = verdict(spoiled)
 
 
-for slider in sliders.values():
-    slider.observe(redraw, names="value")
-redraw()
+def draw_anew(change: dict | None = None) -> None:
+    """Another recipe, with its rows."""
+    global drawn
+    config = DegradationConfig(strength=strength.value)
+    drawn = draw_recipe((128, 512), np.random.default_rng(seed.value), config)
+    rows.children = [row(number, step) for number, step in enumerate(drawn.steps, 1)]
+    redraw()
+
+
+strength.observe(draw_anew, names="value")
+seed.observe(draw_anew, names="value")
+draw_anew()
 assert len(picture.value) > 1000
-widgets.VBox([*sliders.values(), picture])
+widgets.VBox([widgets.HBox([strength, seed]), picture, caption, rows])
+
+# %% [markdown]
+# Moved by hand or by code, a box does the same. Without its noise the line is another one; with it again, it is what it was, to the bit:
+
+# %%
+before = picture.value
+noise_box = next(one.children[0] for one in rows.children if one.children[0].description.endswith(("noise", "poisson")))
+noise_box.value = False
+assert picture.value != before
+noise_box.value = True
+assert picture.value == before
 
 # %% [markdown]
 # ## 14. What the released code does

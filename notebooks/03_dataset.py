@@ -111,6 +111,8 @@ from difftsr.text_lines import (
     data_folder,
     find_fonts,
     read_table,
+    write_atomically,
+    write_json,
 )
 
 # %%
@@ -1102,12 +1104,9 @@ def clean(
             bar.update(len(measured))
     mark_duplicates(rows)
     report = CleaningReport(rows)
-    index.parent.mkdir(parents=True, exist_ok=True)
     _write_report(report, source, index)
     table = ["record\ttext", *(f"{row['record']}\t{row['text']}" for row in rows if row["reason"] is None)]
-    unfinished = index.with_name(f".{index.name}.{os.getpid()}")
-    unfinished.write_text("\n".join(table) + "\n", encoding="utf-8")
-    os.replace(unfinished, index)
+    write_atomically(index, ("\n".join(table) + "\n").encode())
     return report
 
 
@@ -1166,7 +1165,7 @@ def _write_report(report: CleaningReport, source: LineSource, index: Path) -> No
     shapes = histograms(report.rows)
     described = {"kept": len(report.kept), "records": len(report.rows), "dropped": report.counts, "histograms": shapes}
     stem = index.with_suffix("")
-    Path(f"{stem}.json").write_text(json.dumps(described, ensure_ascii=False, indent=1), encoding="utf-8")
+    write_json(f"{stem}.json", described)
     write_picture(Path(f"{stem}_histograms.png"), draw_histograms(shapes))
     if report.counts:
         write_picture(Path(f"{stem}_dropped.png"), dropped_sheet(report, source))
@@ -1569,7 +1568,9 @@ def write_evaluation_sets(folder: str | Path) -> None:
 #
 # ### What does it cost?
 #
-# Rates of lines as `tests/bench_data.py` has measured them, on a machine that others were using too (`load_average_before` says how much): read them against each other, not as what your machine can do. On a CPU the batched degradation is several times slower than the one-line form; it is for a graphics card. To feed 3,000 lines a second, render a pool of sharp canvases once, read it, and let the graphics card degrade (`degrade_batch`) and encode; `plan` in the file says what each other way would take in cores.
+# Rates of lines as `python tests/bench_data.py` has measured them on two cores, with nothing else running: `load_average_before` in the file says how true that was. On a CPU the batched degradation keeps step with the one-line form; on a graphics card it has the card's speed, which nobody has measured here.
+#
+# How would one feed 3,000 lines a second? Not by rendering and degrading each line when it is asked for: that takes as many cores as the first line of the table says. So render a pool of sharp canvases once, read it, draw the recipes on the host, and let the card degrade (`degrade_batch`) and encode. What that takes in cores is measured; what it takes of the card is *counted*, from the calls and bytes of the batched form, and `not_measured` says what was assumed.
 
 # %%
 measured = json.loads((data_folder() / "benchmarks" / "data.json").read_text(encoding="utf-8"))
@@ -1580,6 +1581,10 @@ plt.xscale("log")
 plt.xlabel("lines a second")
 plt.title(measured["machine"], fontsize=9)
 _ = plt.gca().invert_yaxis()
+
+# %%
+for name, value in measured["plan"].items():
+    print(f"{name.replace('_', ' '):46s} {value}")
 
 
 # %%

@@ -20,16 +20,21 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import machine
+from difftsr import degradation as deg
 from difftsr.dataset import SIZES, LinePool, SyntheticLines, make_loader
-from difftsr.degradation import DegradationConfig, canvas_batch, degrade, degrade_batch, to_canvas
+from difftsr.degradation import DegradationConfig, canvas_batch, degrade, degrade_batch, draw_recipe, to_canvas
 from difftsr.idm import IDMStage, IDMTraining
 from difftsr.model import DiffTSR
-from difftsr.text_lines import VARIED, Alphabet
+from difftsr.text_lines import VARIED, Alphabet, write_json
 
 SIZE = SIZES["classroom"]
 GOAL, CORES = 3000, 16  # lines a second, cores of the machine that is planned for
+GROUP = 64  # lines that a GPU degrades together
+LAUNCH, BANDWIDTH = 5e-6, 2e12  # assumed of that GPU: seconds to start a call, bytes a second of its memory
 
 
 def rates(tasks: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
@@ -69,7 +74,13 @@ def one_core(lines: int) -> dict[str, Callable[[], int]]:
             canvas_batch(degrade_batch(part, [next(drawn) for _ in part], config)[0], SIZE)
         return lines
 
+    def prepare() -> int:
+        for _ in range(lines):
+            prepared(draw_recipe(SIZE, np.random.default_rng(next(drawn)), config))
+        return lines
+
     return {
+        "recipe_prepare": prepare,
         "render": lambda: render(plain),
         "render_varied": lambda: render(varied),
         "degrade_each": each,
@@ -115,8 +126,8 @@ def idm_step_seconds(folder: Path, rounds: int) -> float:
     return statistics.median(seconds[1:])
 
 
-def latent_rate(batch: int = 16) -> Callable[[], int]:
-    """Lines a second through the encoder of the classroom VAE."""
+def latent_rate(batch: int = 16) -> tuple[Callable[[], int], float]:
+    """Encodes a batch with the classroom VAE; and the GFLOP that a line takes."""
     vae = DiffTSR.from_pretrained("classroom").vae.eval()
     x = torch.rand(batch, 3, *SIZE) * 2 - 1
 
@@ -125,19 +136,87 @@ def latent_rate(batch: int = 16) -> Callable[[], int]:
             vae.encode(x)
         return batch
 
-    return encode
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        vae.encode(x)
+    return encode, counter.get_total_flops() / batch / 1e9
 
 
-def plan(core: dict[str, float], pool: float) -> dict[str, float]:
-    """Feeding GOAL lines a second from CORES cores: what each way of doing it takes, in cores or seconds."""
+def prepared(recipe: deg.Recipe) -> int:
+    """What the host computes for a GPU that follows a recipe, kernels and matrices; how many bytes it sends."""
+    size, sent = SIZE, 0
+    for step in recipe.steps:
+        if step["op"] == "blur":
+            sent += 4 * deg.recipe_kernel(**step["kernel"]).size
+        elif step["op"] == "resize":
+            if step["mode"] not in deg.TORCH_MODES:
+                pairs = zip(size, step["size"], strict=True)
+                sent += sum(4 * deg.resize_weights.__wrapped__(*pair, step["mode"]).numel() for pair in pairs)
+            size = step["size"]
+        elif step["op"] == "decimate":
+            size = tuple(-(-side // step["every"]) for side in size)
+    return sent
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the calls of torch that compute, and the bytes of the tensors that they read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            self.calls += 1
+            # the table of photon counts, int16, is read in a few places only
+            tensors = (x for x in (*args, out) if isinstance(x, torch.Tensor) and x.dtype != torch.int16)
+            self.bytes += sum(x.numel() * x.element_size() for x in tensors)
+        return out
+
+
+def device_work() -> dict[str, float]:
+    """What a GPU is asked to do for one line in a group: counted, not timed, on the very calls that it would make."""
+    source, config = SyntheticLines(Alphabet.classroom(), SIZE), DegradationConfig(strength="mixed")
+    canvases = np.stack([to_canvas(source.line(index).hr, SIZE) for index in range(GROUP)])
+    images = torch.from_numpy(canvases).permute(0, 3, 1, 2).float() / 255
+    recipes = [draw_recipe(SIZE, np.random.default_rng(seed), config) for seed in range(GROUP)]
+
+    def blur(lines, steps):
+        return deg.correlate_batch(lines, [deg.recipe_kernel(**step["kernel"]) for step in steps])
+
+    on_cpu = deg.OPERATIONS["blur"], deg.resized
+    deg.OPERATIONS["blur"], deg.resized = blur, deg.torch_resized  # as on any other device
+    try:
+        with Traffic() as traffic:
+            canvas_batch(deg.follow(images, recipes, together=GROUP), SIZE)
+    finally:
+        deg.OPERATIONS["blur"], deg.resized = on_cpu
+    return {
+        "lines_in_a_group": GROUP,
+        "calls_a_line": round(traffic.calls / GROUP, 1),
+        "megabytes_touched_a_line": round(traffic.bytes / GROUP / 1e6, 1),
+        "kilobytes_sent_a_line": round((SIZE[0] * SIZE[1] * 3 + sum(map(prepared, recipes)) / GROUP) / 1e3, 1),
+    }
+
+
+def plan(core: dict[str, float], pool: float, device: dict[str, float], gigaflop: float) -> dict[str, float | str]:
+    """Feeding GOAL lines a second from CORES cores and a GPU: what each way of doing it takes."""
     return {
         "lines_a_second": GOAL,
         "cores_to_render_and_degrade_each_line": round(GOAL / core["render"] + GOAL / core["degrade_each"], 1),
         "cores_to_degrade_a_cached_pool_on_cpu": round(GOAL / core["degrade_each"], 1),
         "cores_to_read_a_cached_pool": round(GOAL / pool, 2),
+        "cores_to_prepare_recipes_for_the_device": round(GOAL / core["recipe_prepare"], 2),
         "hours_to_render_a_million_lines_on_16_cores": round(1e6 / core["render_varied"] / CORES / 3600, 2),
         "gigabytes_of_a_million_canvases": round(1e6 * SIZE[0] * SIZE[1] * 3 / 1e9, 1),
-        "megabytes_a_second_to_the_device": round(GOAL * SIZE[0] * SIZE[1] * 3 / 1e6, 1),
+        "megabytes_a_second_to_the_device": round(GOAL * device["kilobytes_sent_a_line"] / 1e3, 1),
+        "device_seconds_a_second_of_memory_traffic": round(
+            GOAL * device["megabytes_touched_a_line"] * 1e6 / BANDWIDTH, 2
+        ),
+        "device_seconds_a_second_of_starting_calls": round(GOAL * device["calls_a_line"] * LAUNCH, 2),
+        "teraflop_a_second_to_encode": round(GOAL * gigaflop / 1e3, 1),
+        "not_measured": f"No GPU was at hand. The two device_seconds are counts, over {BANDWIDTH / 1e12:.0f} TB/s of "
+        f"memory and {LAUNCH * 1e6:.0f} microseconds a call, both assumed.",
     }
 
 
@@ -155,20 +234,18 @@ def main() -> None:
         torch.set_num_threads(1)
         cv2.setNumThreads(1)
         core = rates(one_core(options.lines), options.rounds)
-        core |= rates({"vae_encode_16": latent_rate()}, 1)
+        encode, gigaflop = latent_rate()
+        core |= rates({"vae_encode_16": encode}, 1)
         described["lines_a_second_and_core"] = core
         torch.set_num_threads(threads)
         step = idm_step_seconds(Path(folder), 1)
     described["idm_step_seconds_batch_16"] = round(step, 2)
     described["pool_loader_share_of_an_idm_step"] = round(16 / loading["loader_pool"] / step, 4)
-    described["plan"] = plan(core, loading["loader_pool"])
-    text = json.dumps(described, indent=1)
-    print(text)
+    described["device_work"] = device_work()
+    described["plan"] = plan(core, loading["loader_pool"], described["device_work"], gigaflop)
+    print(json.dumps(described, indent=1))
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = options.output.with_suffix(".unfinished")
-        unfinished.write_text(text + "\n", encoding="utf-8")
-        unfinished.replace(options.output)
+        write_json(options.output, described)
 
 
 if __name__ == "__main__":
