@@ -62,6 +62,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, Literal, get_args
@@ -71,12 +72,13 @@ import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from difftsr.certainty import Evidence, confidence, gather
 from difftsr.degradation import to_canvas
 from difftsr.gate import GateConfig, Verdict, gate
 from difftsr.model import DiffTSR
 from difftsr.recognizer import Reading
-from difftsr.sampling import Mode, Sample, Step, sample
-from difftsr.text_lines import MAX_LENGTH, PAD, UNK, Alphabet
+from difftsr.sampling import Mode, Sample, Step, sample, with_text
+from difftsr.text_lines import MAX_LENGTH, PAD, UNK, Alphabet, write_atomically  # noqa: F401, lesson 14 takes it here
 
 # %%
 import matplotlib.pyplot as plt
@@ -188,7 +190,7 @@ def check_size(width: int, height: int) -> None:
     if width - 1 > high * (height + 1):
         raise ValueError(
             f"too long: {width} x {height} pixels; a line is {low} to {high} times as wide as high "
-            "(difftsr.pages.restore_long cuts longer ones)"
+            "(difftsr.pages.restore_lines cuts longer ones)"
         )
 
 
@@ -381,7 +383,7 @@ def ppocr_engine():
     try:
         from rapidocr import RapidOCR
     except ImportError as error:
-        raise ImportError("reader 'ppocr' needs the package rapidocr: pip install rapidocr") from error
+        raise ImportError("PP-OCRv6 needs the package rapidocr: pip install 'difftsr[pages]'") from error
     return RapidOCR(params={"Global.log_level": "critical"})
 
 
@@ -429,14 +431,30 @@ except ImportError as error:
 # %%
 #| export
 @dataclass
+class Candidate:
+    """One attempt at a line, before the gate."""
+
+    seed: int
+    text: str  # what it was meant to show
+    reads: str  # what our recogniser reads in it
+    agreement: float  # how alike the two are, 0..1
+    score: float  # mean log probability that the recogniser gives to `text`; higher reads better
+    image: Image.Image
+
+
+@dataclass
 class Restoration:
     """One restored line."""
 
     image: Image.Image  # RGB; 128 high, as wide as the input's ratio asks
     text: str  # what the restored line says, as far as the model knows
-    confidence: list[float]  # one probability for each character of `text`
+    confidence: list[float]  # one probability for each character of `text` (lesson 11d)
     read_from_input: str  # what the recogniser read before restoring
+    read_from_output: str = ""  # what it reads in `image`
+    places: list[float] = field(default_factory=list)  # centre of each character of `text`, 0 left to 1 right
+    evidence: list[Evidence] = field(default_factory=list)  # for each character, what its confidence rests on
     seed: int = 0  # the seed of the chosen candidate
+    candidates: list[Candidate] = field(default_factory=list)  # all attempts, best first, where there were several
     gate: Verdict | None = None  # what the do-no-harm gate did; None where it was off
     trace: list[Step] = field(default_factory=list)  # every z_t and c_t, where asked for
 
@@ -482,7 +500,7 @@ def restore_batch(
     device = next(model.parameters()).device
     size, reference = tuple(model.config.image_size), model.config.reference
     lr = torch.stack([line_to_canvas(a, size, reference) for a in arrays]).to(device)
-    tokens = None if text is None else model.alphabet.encode_batch(list(text)).to(device).repeat(candidates, 1)
+    tokens = None if text is None else model.alphabet.encode_batch(list(text)).to(device)
     if reader not in get_args(Reader):
         raise ValueError(f"reader must be one of {', '.join(get_args(Reader))}, not {reader!r}")
     own = reading = None  # released weights read inside their own loop
@@ -490,34 +508,39 @@ def restore_batch(
         own = model.recognizer.read(lr)
         reading = own if reader == "own" else ppocr_reading(arrays, model.alphabet).to(device)
         reading.features = own.features  # the text diffusion looks at the columns of our own recogniser
-        reading = reading[torch.arange(len(arrays)).repeat(candidates)]
-    seeds = [seed + k for k in range(candidates) for _ in arrays]  # all attempts are one batch, the first ones first
-    trials = sample(
-        model, lr.repeat(candidates, 1, 1, 1), steps=steps, mode=mode, seed=seeds, text=tokens, reading=reading,
-        trace=trace, **settings,
-    )  # fmt: skip
-    best = [0] * len(arrays)
-    if candidates > 1:
-        scores = legibility(model, trials.image, trials.tokens).view(candidates, -1)
-        best = scores.argmax(0).tolist()
-    chosen = torch.stack([trials.image[k * len(arrays) + i] for i, k in enumerate(best)])
+    heat = settings.pop("temperature", None)
+    again = 1.0 if heat is None and model.config.temperature == 0 else heat  # a second attempt must differ
+    attempts = [
+        sample(
+            model, lr, steps=steps, mode=mode, seed=seed + k, text=tokens, reading=reading, trace=trace,
+            temperature=again if k else heat, **settings,
+        )
+        for k in range(candidates)
+    ]  # fmt: skip
+    scores = torch.stack([legibility(model, a.image, a.tokens) for a in attempts]) if candidates > 1 else None
+    best = [0] * len(arrays) if scores is None else scores.argmax(0).tolist()
+    chosen = torch.stack([attempts[k].image[i] for i, k in enumerate(best)])
     verdicts = [None] * len(arrays)
     if do_no_harm and text is None and not reference:  # who says what the line says may change what is read
         config = GateConfig(mismatch=model.config.mismatch_limit)
         chosen, verdicts = gate(
             model.recognizer, chosen, lr, [a.shape[:2] for a in arrays], config=config, before=own
         )  # fmt: skip
+    after = None if reference else model.recognizer.read(chosen)
     heights = [height] * len(arrays) if isinstance(height, int) else height
-    results = [
-        to_restoration(
-            model, trials, k * len(arrays) + i, chosen[i], a.shape[1] / a.shape[0], height=high, seed=seed + k
+    results = []
+    for i, (k, array) in enumerate(zip(best, arrays)):
+        result = to_restoration(
+            model, attempts[k], i, chosen[i], array.shape[1] / array.shape[0], height=heights[i], seed=seed + k
         )
-        for i, (k, a, high) in enumerate(zip(best, arrays, heights))
-    ]
-    for result, verdict in zip(results, verdicts):
-        result.gate = verdict
-    for result, known in zip(results, text or []):
-        result.text = known  # with the characters that the alphabet lacks
+        result.gate = verdicts[i]
+        if after is not None:
+            witness(model, result, attempts[k], own, after, index=i, known=text is not None)
+        if scores is not None:
+            result.candidates = ranked(model, attempts, scores[:, i], index=i, size=result.image.size, seed=seed)
+        if text is not None:
+            result.text = text[i]  # with the characters that the alphabet lacks
+        results.append(result)
     return results
 
 
@@ -526,14 +549,42 @@ def to_restoration(
 ) -> Restoration:
     """Line `index` of a sampled batch, shown as `canvas` (3, H, W), as a `Restoration` of that ratio width / height."""
     tokens, probs = result.tokens[index].cpu(), result.probs[index].cpu()
+    seen = with_text(result.reading[index : index + 1].to("cpu"), tokens[None])
     return Restoration(
         image=canvas_to_line(canvas, ratio, height),
         text=model.alphabet.decode(tokens),
         confidence=[round(p, 4) for p in probs[tokens != PAD].tolist()],
         read_from_input=model.alphabet.decode(result.reading.best[index].cpu()),
+        places=[round(place, 4) for place in seen.centers[0][tokens != PAD].tolist()],
         seed=seed,
         trace=[step[index] for step in result.trace],
     )
+
+
+def witness(
+    model: DiffTSR, result: Restoration, attempt: Sample, before: Reading, after: Reading, *, index: int, known: bool
+) -> None:
+    """Fill in what lesson 11d says of line `index`; a known text is certain, and stays so."""
+    line = slice(index, index + 1)
+    result.read_from_output = after[line].text(model.alphabet)[0]
+    result.evidence = gather(attempt.tokens[index], attempt.probs[index], before[line], after[line])
+    if not known:
+        result.confidence = confidence(result.evidence, model.config.certainty)
+
+
+def ranked(
+    model: DiffTSR, attempts: Sequence[Sample], scores: Tensor, *, index: int, size: tuple[int, int], seed: int
+) -> list[Candidate]:
+    """The attempts at line `index`, the most legible first, as pictures of the size (width, height)."""
+    found = []
+    for k in scores.argsort(descending=True, stable=True).tolist():
+        image = attempts[k].image[index]
+        text = model.alphabet.decode(attempts[k].tokens[index].cpu())
+        reads = "" if model.config.reference else model.recognizer.read(image[None]).text(model.alphabet)[0]
+        alike = SequenceMatcher(None, text, reads, autojunk=False).ratio()
+        picture = canvas_to_line(image, size[0] / size[1], size[1])
+        found.append(Candidate(seed + k, text, reads, round(alike, 4), round(float(scores[k]), 4), picture))
+    return found
 
 
 # %%
@@ -556,7 +607,8 @@ def restore(
     """Restore one line of text: a path, a PIL image or a uint8 array (H, W, 3), 1 to 8 times as wide as high.
 
     steps: image steps, the preset's number by default. mode: "full", "baseline" or "no-text" (see `sample`).
-    candidates: so many attempts with seeds seed, seed + 1, ...; the one that our recogniser reads best is returned.
+    candidates: so many attempts with seeds seed, seed + 1, ..., ranked by how well our recogniser reads them; the best
+    is returned, all are in `.candidates`. Where the model starts from no noise, all but the first start from noise.
     text: what the line says, where it is known (at most 24 characters; those outside the alphabet are restored from
     the image alone). height: of the result, in pixels. trace: keep every z_t and c_t. do_no_harm: let the gate of
     lesson 11b put the input back where the restored line reads worse or does not match it (not with a known text).

@@ -74,10 +74,13 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
+from difftsr.certainty import heatmap
 from difftsr.model import DiffTSR, weights_folder
-from difftsr.restore import MAX_PIXELS, SUFFIXES, TALL, Picture, Reader, Restoration, check_size, read_picture, restore
+from difftsr.pages import PageLine, open_pdf, pdf_page, restore_lines, restore_page
+from difftsr.restore import MAX_PIXELS, SUFFIXES, TALL, Picture, Reader, Restoration, read_picture
 from difftsr.sampling import Mode, timesteps
 from difftsr.text_lines import UNKNOWN, write_atomically, write_json
+from difftsr.watch import animate, draw_frames, save_trace
 
 # %%
 import shutil
@@ -121,6 +124,7 @@ class RestoreConfig:
 
     - one line of text:   difftsr-restore line.png --output restored
     - a folder of lines:  difftsr-restore scans/ --output restored
+    - a whole photograph: difftsr-restore photo.jpg --output restored --page
     - the text is known:  difftsr-restore line.png --output restored --text "停?车"
 
     Each result comes with a .json that holds what was read before and after, and how sure that is. Results that are
@@ -129,17 +133,25 @@ class RestoreConfig:
     """
 
     images: Annotated[tyro.conf.Positional[list[str]], tyro.conf.arg(metavar="IMAGE ...")]
-    """Image files, folders of images, patterns ("scans/*.jpg"), or - for standard input."""
+    """Image or PDF files, folders of them, patterns ("scans/*.jpg"), or - for standard input."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder for the results; it is made where it is missing."""
+    page: bool = False
+    """Find the lines on a photograph or a page, restore each and put it back (pip install "difftsr[pages]")."""
     scale: Literal[1, 2, 3, 4] | None = None
-    """So many times as large as the input. By default a line becomes 128 pixels high."""
+    """So many times as large as the input. By default a line becomes 128 pixels high, a page twice as large."""
     format: Literal["keep", "png", "jpeg", "webp", "tiff", "bmp"] = "keep"
     """File format of the results; "keep" takes that of the input where it can be written, and otherwise PNG."""
     text: str | None = None
     """What the line says, where you know it; "?" for a character that you do not know."""
     candidates: int = 1
-    """So many attempts, ranked by how well they read; the best is kept."""
+    """So many attempts, ranked by how well they read; the best is the result, the others lie beside it as .2, .3"""
+    heatmap: bool = False
+    """Draw how sure each character is, as a picture beside the result."""
+    trace: bool = False
+    """Keep every step of both diffusions in a .trace.safetensors beside the result."""
+    animate: Literal["gif", "mp4"] | None = None
+    """Make a film of both diffusions; it takes 20 steps from noise unless --steps says otherwise."""
     seed: int = 0
     """Start of the random numbers: the same seed gives the same bytes."""
     steps: int | None = None
@@ -147,7 +159,7 @@ class RestoreConfig:
     mode: Mode = "full"
     """Which text conditions the image: what both diffusions agree on, what was read at first, or none."""
     reader: Reader = "own"
-    """Who reads the input first: our recogniser, or PP-OCRv6 (pip install rapidocr onnxruntime)."""
+    """Who reads the input first: our recogniser, or PP-OCRv6 (pip install "difftsr[pages]")."""
     do_no_harm: bool = True
     """Put the input back where the restored line reads worse or does not match it."""
     weights: str = "classroom"
@@ -173,11 +185,13 @@ class Source:
 
     name: str  # as messages call it
     path: Path | None = None  # None is standard input
+    page: int | None = None  # of a PDF file, from 0
 
     @property
     def stem(self) -> str:
         """The name of its results, without an ending."""
-        return "stdin" if self.path is None else self.path.stem
+        stem = "stdin" if self.path is None else self.path.stem
+        return stem if self.page is None else f"{stem}-p{self.page + 1:03d}"
 
     def content(self) -> bytes:
         """The bytes of the file; `ValueError` that names it where it is missing, or far too large for an image."""
@@ -193,8 +207,19 @@ class Source:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The images directly inside a folder, in the order of their names; hidden files are left out."""
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    """The images and PDF files directly inside a folder, by name; hidden files are left out."""
+    kinds = (*SUFFIXES, ".pdf")
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in kinds and not p.name.startswith("."))
+
+
+def pages_of(file: Path) -> list[Source]:
+    """One source for an image, one a page for a PDF file; a PDF file that cannot be opened is one, and fails later."""
+    source = Source(str(file), file)
+    try:
+        count = len(open_pdf(source.content())) if file.suffix.lower() == ".pdf" else 0
+    except (ValueError, OSError, ImportError):
+        return [Source(str(file), file, 0)]
+    return [Source(f"{file}, page {k + 1}", file, k) for k in range(count)] or [source]
 
 
 def find_sources(images: Sequence[str | Path]) -> list[Source]:
@@ -209,7 +234,8 @@ def find_sources(images: Sequence[str | Path]) -> list[Source]:
         matches = sorted(glob.glob(given, recursive=True)) if not exists and glob.has_magic(given) else [given]
         for match in map(Path, matches or [path]):
             for file in images_in(match) if match.is_dir() else [match]:
-                found.setdefault(os.path.abspath(file), Source(str(file), file))
+                for source in pages_of(file):
+                    found.setdefault(f"{os.path.abspath(file)} {source.page}", source)
     return list(found.values())
 
 
@@ -226,7 +252,7 @@ print([Path(source.name).name for source in found])
 # %% [markdown]
 # ## 3. One image
 #
-# The result goes back into the world in the format in which it came, with its colour profile. The report is written first and the picture last: a picture that lies there is a finished one.
+# The result goes back into the world in the format in which it came, with its colour profile. The report is written first, then what was asked for beside it (the other candidates, a heatmap, a film), and the picture last: a picture that lies there is a finished one.
 
 # %%
 #| export
@@ -270,6 +296,7 @@ def make_job(source: Source, config: RestoreConfig, weights: bytes, inputs: froz
     """Read a source, and look whether its result is there."""
     content = source.content()
     decides = {name: value for name, value in asdict(config).items() if name not in NOT_DECISIVE}
+    decides["page"] = (config.page, source.page)
     report = config.output / f"{source.stem}.json"
     try:
         earlier = json.loads(report.read_text(encoding="utf-8"))
@@ -280,12 +307,12 @@ def make_job(source: Source, config: RestoreConfig, weights: bytes, inputs: froz
     return Job(source, content, made_by, report, earlier, inputs)
 
 
-def check_free(job: Job, result: Path, overwrite: bool) -> None:
+def check_free(job: Job, result: Path, overwrite: bool, extras: Sequence[Path] = ()) -> None:
     """`ValueError` where the result would replace an input, or anything else that `overwrite` does not cover."""
     if result.resolve() in job.inputs:
         raise ValueError(f"{job.source.name}: the result would replace an input, {result}; choose another --output")
-    for target in (result, job.report):
-        unfinished = target == job.report and job.earlier is not None and not result.exists()
+    unfinished = job.earlier is not None and not result.exists()
+    for target in (result, job.report, *extras):
         if target.exists() and not overwrite and not unfinished:
             raise ValueError(f"{job.source.name}: {target} is there already; --overwrite replaces it")
 
@@ -297,29 +324,75 @@ def encoded(image: Image.Image, kind: str, profile: bytes | None = None) -> byte
     return buffer.getvalue()
 
 
-def restored_size(picture: Picture, scale: int | None) -> int:
-    """Height of the result in pixels; `ValueError` where it would be too large to write."""
+def restored_height(picture: Picture, scale: int | None) -> int:
+    """Height of a restored line in pixels; `ValueError` where the result would be too large to write."""
     width, height = picture.size
-    if scale is None:
-        return 128
-    if width * height * scale**2 > MAX_PIXELS:
-        raise ValueError(f"--scale {scale} would make {width * scale} x {height * scale} pixels; choose a smaller one")
-    return height * scale
+    high = 128 if scale is None else height * scale
+    if high * width * high / height > MAX_PIXELS:
+        large = f"{round(width * high / height)} x {high}"
+        raise ValueError(f"the result would have {large} pixels; choose a smaller --scale or cut the image")
+    return high
 
 
-def restore_picture(model: DiffTSR, picture: Picture, config: RestoreConfig) -> Restoration:
-    """The line in `picture`, restored as the command line asks."""
-    check_size(picture.pixels.shape[1], picture.pixels.shape[0])
-    return restore(
-        model, picture.pixels, steps=config.steps, mode=config.mode, seed=config.seed, candidates=config.candidates,
-        text=known_text(config.text), do_no_harm=config.do_no_harm, reader=config.reader,
-        height=restored_size(picture, config.scale),
+def steps_of(model: DiffTSR, config: RestoreConfig) -> int:
+    """How many image steps a restoration takes."""
+    return config.steps or (20 if config.animate else model.config.steps)
+
+
+def restore_picture(
+    model: DiffTSR, picture: Picture, config: RestoreConfig, page: bool
+) -> tuple[Image.Image, dict, Restoration | None]:
+    """`picture` restored as the command line asks: an image, what its report says, and the line where it is one."""
+    settings = dict(
+        steps=steps_of(model, config), mode=config.mode, seed=config.seed, candidates=config.candidates,
+        do_no_harm=config.do_no_harm, reader=config.reader, progress=not config.json,
     )  # fmt: skip
+    if page:
+        restored = restore_page(model, picture.pixels, scale=config.scale or 2, **settings)
+        lines = [page_line_report(line) for line in restored.lines]
+        return restored.image, {"text": restored.text, "size": list(restored.image.size), "lines": lines}, None
+    if config.animate:
+        settings["temperature"] = 1.0
+    text = None if config.text is None else [known_text(config.text)]
+    height = restored_height(picture, config.scale)
+    traced = config.trace or config.animate is not None
+    (line,) = restore_lines(model, [picture.pixels], text=text, height=height, trace=traced, **settings)
+    if traced and not line.trace:
+        raise ValueError("--trace and --animate are for lines that fit on the canvas; this one was restored in pieces")
+    return line.image, as_report(line), line
 
 
-def known_text(text: str | None) -> str | None:
+def extras_of(result: Path, config: RestoreConfig) -> dict[str, Path]:
+    """What the command line asks for beside the result of a line, by ending."""
+    endings = [f"{k}.png" for k in range(2, config.candidates + 1)]
+    endings += ["heatmap.png"] * config.heatmap + ["trace.safetensors"] * config.trace
+    endings += [config.animate] if config.animate else []
+    return {ending: result.with_name(f"{result.stem}.{ending}") for ending in endings}
+
+
+def write_extras(model: DiffTSR, line: Restoration, config: RestoreConfig, result: Path) -> None:
+    """Write the other candidates, the heatmap, the trace and the film of a line, as far as they are asked for."""
+    paths = extras_of(result, config)
+    for place, candidate in enumerate(line.candidates[1:], start=2):
+        write_atomically(paths[f"{place}.png"], encoded(candidate.image, "PNG"))
+    if config.heatmap:
+        write_atomically(paths["heatmap.png"], encoded(heatmap(line.image, line.places, line.confidence), "PNG"))
+    if config.trace:
+        save_trace(line.trace, paths["trace.safetensors"])
+    if config.animate:
+        frames = draw_frames(model, line.trace, line.image.width / line.image.height)
+        animate(frames, paths[config.animate])
+
+
+def page_line_report(line: PageLine) -> dict:
+    """What the report of a page says of one line."""
+    corners = {"corners": line.corners.round(1).tolist()}
+    return corners | (as_report(line.restored) if line.restored else {"left_alone": line.left_alone})
+
+
+def known_text(text: str) -> str:
     """What a person types as what a model is told: "?" is a character that nobody knows."""
-    return None if text is None else text.replace("?", UNKNOWN)
+    return text.replace("?", UNKNOWN)
 
 
 def as_report(restoration: Restoration) -> dict:
@@ -327,9 +400,16 @@ def as_report(restoration: Restoration) -> dict:
     return {
         "text": restoration.text,
         "confidence": restoration.confidence,
+        "evidence": restoration.evidence,
+        "places": restoration.places,
         "read_from_input": restoration.read_from_input,
+        "read_from_output": restoration.read_from_output,
         "size": list(restoration.image.size),
         "seed": restoration.seed,
+        "candidates": [
+            {name: getattr(candidate, name) for name in ("seed", "text", "reads", "agreement", "score")}
+            for candidate in restoration.candidates
+        ],
         "gate": restoration.gate and asdict(restoration.gate),
     }
 
@@ -341,29 +421,36 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
 
 
+def picture_of(job: Job, tall: int | None) -> Picture:
+    """The picture of a job: an image file, or a page of a PDF file."""
+    if job.source.page is None:
+        return read_picture(io.BytesIO(job.content), job.source.name, tall=tall)
+    return pdf_page(job.content, job.source.page)
+
+
 def do(model: DiffTSR, job: Job, config: RestoreConfig) -> dict:
     """Restore one picture and write its two files; what the report says."""
-    picture = read_picture(io.BytesIO(job.content), job.source.name, tall=TALL)
+    page = config.page or job.source.page is not None
+    picture = picture_of(job, tall=None if page else TALL)
     kind = FORMATS.get(config.format) or (picture.format if picture.format in ENDINGS else "PNG")
     result = job.result(kind)
-    check_free(job, result, config.overwrite)
+    check_free(job, result, config.overwrite, list(extras_of(result, config).values()))
     started = time.perf_counter()
-    try:
-        restoration = restore_picture(model, picture, config)
-    except ValueError as error:
-        raise ValueError(f"{job.source.name}: {error}") from None
+    image, found, line = restore_picture(model, picture, config, page)
     report = {
         "file": printable(job.source.path.name if job.source.path else job.source.name),
         "result": printable(result.name),
         "format": kind,
-        **as_report(restoration),
+        **found,
         "mode": config.mode,
-        "steps": config.steps or model.config.steps,
+        "steps": steps_of(model, config),
         "seconds": round(time.perf_counter() - started, 3),
         "fingerprint": job.fingerprint,
     }
-    content = encoded(restoration.image, kind, picture.profile)
+    content = encoded(image, kind, picture.profile)
     write_json(job.report, report)
+    if line is not None:
+        write_extras(model, line, config, result)
     write_atomically(result, content)
     return report
 
@@ -390,14 +477,15 @@ def restore_all(model: DiffTSR, sources: Sequence[Source], config: RestoreConfig
             else:
                 yield {"file": source.name, "status": "restored", **do(model, job, config)}
         except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
-            said = str(error) if isinstance(error, ValueError) else f"{source.name}: {reason(error)}"
+            said = reason(error)
+            said = said if said.startswith(source.name) else f"{source.name}: {said}"
             yield {"file": source.name, "status": "failed", "error": printable(said)}
 
 
 def reason(error: Exception) -> str:
     """What went wrong, in a few words on one line."""
     said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return said.splitlines()[0]
+    return " ".join(said.split())
 
 
 def check_settings(model: DiffTSR, config: RestoreConfig) -> None:
@@ -408,8 +496,10 @@ def check_settings(model: DiffTSR, config: RestoreConfig) -> None:
         raise ValueError("--mode no-text uses no text: leave --text out, or choose another mode")
     if config.candidates < 1:
         raise ValueError(f"--candidates must be at least 1, not {config.candidates}")
-    if config.text is not None:
-        model.alphabet.encode(config.text)
+    if config.page and config.text is not None:
+        raise ValueError("--text is what one line says: leave it out, or leave --page out")
+    if config.page and (config.heatmap or config.trace or config.animate or config.candidates > 1):
+        raise ValueError("--heatmap, --trace, --animate and --candidates are for single lines: leave --page out")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

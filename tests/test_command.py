@@ -15,6 +15,7 @@ from PIL import Image, ImageCms
 
 from difftsr import command, restore
 from difftsr.command import find_sources, main, printable
+from difftsr.pages import frame
 from difftsr.restore import MAX_PIXELS
 from restore_common import coloured_line, picture, save_tiny_weights
 
@@ -129,7 +130,7 @@ def test_the_command_repeats_itself_to_the_byte_and_says_0(inputs, call, tmp_pat
         (["--steps", "1001"], "steps must lie in 1..1000"),
         (["--weights", "nobody"], "nobody: no weights here"),
         (["--candidates", "0"], "candidates"),
-        (["--text", "A" * 25], "24"),
+        (["--page", "--text", "A"], "--text"),
         (["--mode", "no-text", "--text", "A"], "no-text"),
         (["--device", "abacus"], "abacus"),
     ],
@@ -315,3 +316,64 @@ def test_a_question_mark_is_a_character_that_nobody_knows(line, call, tmp_path):
     line.save(tmp_path / "line.png")
     assert call(tmp_path / "line.png", "--text", "A?B") == 0
     assert json.loads((tmp_path / "out" / "line.json").read_text(encoding="utf-8"))["text"] == "A\ufffdB"
+
+
+# ---------------------------------------------------------------- long lines, pages and PDF files
+
+
+def test_a_long_line_is_one_result(line, call, tmp_path):
+    line.resize((900, 30)).save(tmp_path / "banner.png")
+    assert call(tmp_path / "banner.png") == 0
+    with Image.open(tmp_path / "out" / "banner.png") as image:
+        assert image.height == 128 and abs(image.width - 3840) <= 20
+
+
+def test_a_page_and_its_report(call, tmp_path, monkeypatch):
+    monkeypatch.setattr("difftsr.pages.find_lines", lambda page: [frame(200, 30) + 10, frame(20, 90) + 150])
+    Image.effect_noise((300, 260), 40).convert("RGB").save(tmp_path / "photo.jpg")
+    assert call(tmp_path / "photo.jpg", "--page") == 0
+    report = json.loads((tmp_path / "out" / "photo.json").read_text(encoding="utf-8"))
+    assert report["size"] == [600, 520] and [sorted(line)[0] for line in report["lines"]] == ["confidence", "corners"]
+    assert report["lines"][0]["corners"][2] == [210.0, 40.0] and "upright" in report["lines"][1]["left_alone"]
+
+
+def test_the_pages_of_a_pdf_file_are_results_of_their_own(line, call, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("pypdfium2")
+    monkeypatch.setattr("difftsr.pages.find_lines", lambda page: [])
+    (tmp_path / "in").mkdir()
+    line.save(tmp_path / "in" / "scan.pdf", save_all=True, append_images=[line])
+    (tmp_path / "in" / "torn.pdf").write_bytes((tmp_path / "in" / "scan.pdf").read_bytes()[:100])
+    assert call(tmp_path / "in", "--scale", 1) == 2
+    assert names(tmp_path / "out") == ["scan-p001.json", "scan-p001.png", "scan-p002.json", "scan-p002.png"]
+    assert "torn.pdf: cannot be opened as PDF" in capsys.readouterr().err
+    assert call(tmp_path / "in" / "scan.pdf", "--scale", 1) == 0 and "2 skipped" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- candidates, heatmap, trace, film
+
+
+def test_everything_that_can_lie_beside_a_result(line, call, tmp_path, capsys):
+    line.save(tmp_path / "line.png")
+    words = [tmp_path / "line.png", "--candidates", 3, "--heatmap", "--trace", "--animate", "gif"]
+    assert call(*words, "--steps", 3) == 0
+    expected = {f"line.{end}" for end in ("png", "json", "2.png", "3.png", "heatmap.png", "trace.safetensors", "gif")}
+    assert set(names(tmp_path / "out")) == expected
+    report = json.loads((tmp_path / "out" / "line.json").read_text(encoding="utf-8"))
+    scores = [candidate["score"] for candidate in report["candidates"]]
+    assert len(scores) == 3 and scores == sorted(scores, reverse=True)
+    assert {candidate["seed"] for candidate in report["candidates"]} == {0, 1, 2}
+    assert report["seed"] == report["candidates"][0]["seed"]
+    assert len(report["evidence"]) == len(report["places"]) == len(report["text"])
+    with Image.open(tmp_path / "out" / "line.gif") as film:
+        assert film.n_frames == 3
+    (tmp_path / "out" / "line.png").unlink()
+    (tmp_path / "out" / "line.json").unlink()
+    assert call(*words, "--steps", 3) == 2 and "line.2.png is there already" in capsys.readouterr().err
+
+
+def test_films_are_for_lines_that_fit(line, call, tmp_path, capsys):
+    line.resize((900, 30)).save(tmp_path / "banner.png")
+    assert call(tmp_path / "banner.png", "--trace") == 2
+    assert "restored in pieces" in capsys.readouterr().err and not names(tmp_path / "out")
+    assert call(tmp_path / "banner.png", "--page", "--heatmap") == 2
+    assert "single lines" in capsys.readouterr().err
