@@ -126,6 +126,7 @@ class ModelConfig:
     steps: int = 20  # image steps of a restoration, where nobody asks for another number
     temperature: float = 1.0  # scale of the noise that a restoration starts from, where nobody asks for another
     mismatch_limit: float = 0.6  # of the do-no-harm gate (lesson 11b); measured on data/eval/dev for given weights
+    certainty: tuple[float, ...] | None = None  # b, w1, w2, w3 of lesson 11d; measured on data/eval/dev
     reference: bool = False  # released weights (lesson 15): sampled as the released code does it
 
 

@@ -9,9 +9,9 @@
 # %% [markdown]
 # # 12 · From any file to a restored line
 #
-# **What you will build.** `restore(model, image)`, and the command `python -m difftsr.restore`.
+# **What you will build.** `restore(model, image)`: from any image file to a restored line.
 #
-# **What you will understand.** What image files really contain and how a program goes wrong on them; why the result must get its shape back; what "the same seed gives the same bytes" asks for; how a command says no.
+# **What you will understand.** What image files really contain and how a program goes wrong on them; why the result must get its shape back; what "the same seed gives the same bytes" asks for; how a program says no.
 #
 # **What you need.** Lessons 10 and 11. About half a minute on two CPU cores, 1.5 GB of memory.
 
@@ -63,30 +63,28 @@ if os.path.dirname(os.getcwd()) not in sys.path:
 #| export
 import io
 import os
-import sys
+import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, get_args
+from typing import BinaryIO, Literal, get_args
 
 import numpy as np
 import torch
-import tyro
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from tqdm import tqdm
 
+from difftsr.certainty import Evidence, confidence, gather
 from difftsr.degradation import to_canvas
 from difftsr.gate import GateConfig, Verdict, gate
 from difftsr.model import DiffTSR
 from difftsr.recognizer import Reading
-from difftsr.sampling import Mode, Sample, Step, sample, timesteps
-from difftsr.text_lines import MAX_LENGTH, PAD, UNK, Alphabet, write_atomically, write_json
+from difftsr.sampling import Mode, Sample, Step, sample, with_text
+from difftsr.text_lines import MAX_LENGTH, PAD, UNK, Alphabet, write_atomically  # noqa: F401, lesson 14 takes it here
 
 # %%
-import json
-
 import matplotlib.pyplot as plt
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
@@ -105,6 +103,8 @@ set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})  # noise as PNG would
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 RATIO = (1, 8)  # width / height of a line that the networks have seen
 MIN_SIDE = 4  # pixels
+MAX_PIXELS = 2**26  # 67 million: a page of A4 at 800 dots per inch; a small file can claim to hold far more
+TALL = 512  # pixels of height at which a line is read; what is taller is reduced on the way in
 
 # %%
 samples = data_folder() / "samples"
@@ -137,16 +137,26 @@ files = {
 
 # %%
 #| export
+def eight_bits(image: Image.Image) -> Image.Image:
+    """A grey picture of 16 or 32 bits a pixel in 8 bits: 65535 is white; in floats the brightest pixel is."""
+    top = 65535.0 if image.mode.startswith("I") else max(1.0, image.getextrema()[1])
+    grey = np.empty((image.height, image.width), np.uint8)
+    for first in range(0, image.height, 256):  # strip by strip: floats of a whole page would fill the memory
+        strip = np.asarray(image.crop((0, first, image.width, min(first + 256, image.height))), np.float64)
+        grey[first : first + 256] = np.clip(np.rint(strip / top * 255), 0, 255)
+    return Image.fromarray(grey)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL image as 8-bit RGB: camera rotation applied, transparency over white, 16 bits scaled down to 8."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits a pixel, grey
-        grey = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if image.mode.startswith("I") else max(1.0, grey.max())
-        image = Image.fromarray(np.clip(np.rint(grey / top * 255), 0, 255).astype(np.uint8))
+    if image.mode.startswith("I") or image.mode == "F":
+        image = eight_bits(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        return white
     return image.convert("RGB")
 
 
@@ -164,7 +174,7 @@ assert all(to_rgb(file).size == line.size and to_rgb(file).mode == "RGB" for fil
 
 
 # %% [markdown]
-# A file may also be no line of text at all. The networks have seen lines that are one to eight times as wide as high; the rest is turned down, with a sentence that names the file, says what is wrong, and says what would be right. (A whole page needs a detector first: cut it into lines.)
+# A file may also be no line of text at all. The networks have seen lines that are one to eight times as wide as high; the rest is turned down, with a sentence that names the file, says what is wrong, and says what would be right. (Lesson 12b cuts longer lines, and finds the lines of a whole page.)
 
 # %%
 #| export
@@ -177,34 +187,105 @@ def check_size(width: int, height: int) -> None:
     if min(width, height) < MIN_SIDE:
         raise ValueError(f"too small: {width} x {height} pixels; both sides must have at least {MIN_SIDE}")
     if width + 1 < low * (height - 1):
-        raise ValueError(f"too tall: {width} x {height} pixels; a line is {low} to {high} times as wide as high")
+        raise ValueError(
+            f"too tall: {width} x {height} pixels; a line is {low} to {high} times as wide as high "
+            "(upright text is not read; several lines: python -m difftsr.restore --page)"
+        )
     if width - 1 > high * (height + 1):
-        raise ValueError(f"too long: {width} x {height} pixels; a line is {low} to {high} times as wide as high")
+        raise ValueError(
+            f"too long: {width} x {height} pixels; a line is {low} to {high} times as wide as high "
+            "(difftsr.pages.restore_lines cuts longer ones)"
+        )
+
+
+# %% [markdown]
+# What else goes wrong with files? They are missing, empty, cut off in the middle, or words under the name of a picture. Some are traps: a PNG of 200 kB can hold 40,000 x 40,000 white pixels, which fill five gigabytes when they are unpacked (a *decompression bomb*). The size stands in the first bytes of the file, so we look at it before anything is unpacked. And a scan at 1,200 dots per inch is far larger than a canvas of 128 pixels in height: a JPEG can be decoded at a half, a quarter or an eighth of its size (`draft`), and everything else is reduced as soon as it is read. So the memory that a file takes has a limit, whatever the file.
+#
+# We keep what the result will need in order to look like its input: the size, the file format and the colour profile. (A profile describes the colours of three channels; four printing inks have another one, so CMYK is converted by it and the profile has done its work.)
+
+# %%
+#| export
+@dataclass
+class Picture:
+    """An image file as it was read, and what it takes to write a result of the same kind."""
+
+    pixels: np.ndarray  # uint8 RGB (h, w, 3), perhaps reduced
+    size: tuple[int, int]  # width and height in the file, seen upright
+    format: str = "PNG"  # as Pillow names it
+    profile: bytes | None = None  # the ICC colour profile of `pixels`; None is sRGB
+
+
+def in_profile(image: Image.Image) -> tuple[Image.Image, bytes | None]:
+    """The image, and its colour profile where it still holds for RGB; other inks and greys are turned into sRGB."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode in ("RGB", "RGBA", "P", "PA"):
+        return image, profile or None
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if image.mode in ("CMYK", "L"):
+            image = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):  # damaged, or of other channels: the colours as they are stored
+        pass
+    return image, None
+
+
+def decode(file: str | os.PathLike | BinaryIO, tall: int | None) -> Picture:
+    """Read an image. `tall`: reduce what is at least twice as high. Raises whatever Pillow does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Pillow remarks about odd files is nothing that a reader can act on
+        with Image.open(file) as image:
+            size, kind = image.size, image.format or "PNG"
+            factor = max(1, min(size) // tall) if tall else 1  # the height, also of a line on its side
+            if kind == "JPEG":
+                pages = max(factor, 2 if size[0] * size[1] > MAX_PIXELS else 1)
+                image.draft(None, (size[0] // pages, size[1] // pages))
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{size[0]} x {size[1]} pixels")
+            turn = image.getexif().get(0x0112, 1)
+            coloured, profile = in_profile(ImageOps.exif_transpose(image) if turn > 1 else image)
+            rgb = to_rgb(coloured)
+    factor = max(1, min(rgb.size) // tall) if tall else 1
+    rgb = rgb.reduce(factor) if factor > 1 else rgb
+    return Picture(np.asarray(rgb), size[::-1] if turn >= 5 else size, kind, profile)
+
+
+def read_picture(path: str | os.PathLike | BinaryIO, name: str | None = None, tall: int | None = None) -> Picture:
+    """An image file, whatever its mode, of at most `MAX_PIXELS` pixels; of an animation, the first picture.
+
+    Handles EXIF rotation, transparency (over white), palettes, grey, 16 bits and CMYK. path: or an open file. name:
+    how messages call it. tall: what is at least twice as high is reduced by a whole factor.
+    Raises `ValueError` naming the file where it is missing, empty, no image, broken or too large.
+    """
+    name = str(path) if name is None else name
+    if isinstance(path, (str, os.PathLike)):
+        if not Path(path).is_file():
+            raise ValueError(f"{name}: no such file; give an image ({', '.join(SUFFIXES)}) or a folder of images")
+        if Path(path).stat().st_size == 0:
+            raise ValueError(f"{name}: the file is empty; an image is needed ({', '.join(SUFFIXES)})")
+    try:
+        return decode(path, tall)
+    except UnidentifiedImageError:
+        raise ValueError(f"{name}: not an image; allowed: {', '.join(SUFFIXES)}") from None
+    except Image.DecompressionBombError:  # Pillow has a limit as well
+        raise ValueError(f"{name}: too large; at most {MAX_PIXELS // 10**6} million pixels are unpacked") from None
+    except PermissionError:
+        raise ValueError(f"{name}: no permission to read it") from None
+    except Exception as error:  # of a broken file, a decoder may raise anything
+        said = " ".join(str(error).split())
+        raise ValueError(f"{name}: the image cannot be decoded ({said}); a complete image file is needed") from None
 
 
 def load_image(path: str | os.PathLike) -> np.ndarray:
-    """An image file as uint8 RGB (H, W, 3), whatever its mode.
+    """An image file of one line as uint8 RGB (H, W, 3); `ValueError` naming the file for anything else.
 
-    Handles EXIF rotation, transparency (over white), palettes, grey, 16 bits and CMYK; of an animation, the first
-    picture. Raises `ValueError` naming the file where it is missing, empty, no image, broken, or no line of text.
+    What is 1,024 pixels high or more is reduced; see `read_picture` for the kinds of files.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; give an image ({', '.join(SUFFIXES)}) or a folder of images")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: the file is empty; an image is needed ({', '.join(SUFFIXES)})")
+    pixels = read_picture(path, tall=TALL).pixels
     try:
-        with Image.open(path) as image:
-            rgb = to_rgb(image)
-    except UnidentifiedImageError:
-        raise ValueError(f"{path}: not an image; allowed: {', '.join(SUFFIXES)}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: the image cannot be decoded ({error}); a complete image file is needed") from None
-    try:
-        check_size(*rgb.size)
+        check_size(pixels.shape[1], pixels.shape[0])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return np.asarray(rgb)
+    return pixels
 
 
 # %%
@@ -214,7 +295,8 @@ line.save(scratch / "in" / "good.png")
 line.rotate(90, expand=True).save(scratch / "in" / "tall.png")
 (scratch / "in" / "empty.png").touch()
 (scratch / "in" / "notes.png").write_text("Not an image, whatever its name says.")
-for name in ("tall.png", "empty.png", "notes.png", "nowhere.png"):
+Image.new("1", (30000, 30000)).save(scratch / "in" / "bomb.png")  # 110 kB on the disk
+for name in ("tall.png", "empty.png", "notes.png", "nowhere.png", "bomb.png"):
     try:
         load_image(scratch / "in" / name)
     except ValueError as error:
@@ -305,7 +387,7 @@ def ppocr_engine():
     try:
         from rapidocr import RapidOCR
     except ImportError as error:
-        raise ImportError("reader 'ppocr' needs the package rapidocr: pip install rapidocr") from error
+        raise ImportError("PP-OCRv6 needs the package rapidocr: pip install 'difftsr[pages]'") from error
     return RapidOCR(params={"Global.log_level": "critical"})
 
 
@@ -353,14 +435,30 @@ except ImportError as error:
 # %%
 #| export
 @dataclass
+class Candidate:
+    """One attempt at a line, before the gate."""
+
+    seed: int
+    text: str  # what it was meant to show
+    reads: str  # what our recogniser reads in it
+    agreement: float  # how alike the two are, 0..1
+    score: float  # mean log probability that the recogniser gives to `text`; higher reads better
+    image: Image.Image
+
+
+@dataclass
 class Restoration:
     """One restored line."""
 
     image: Image.Image  # RGB; 128 high, as wide as the input's ratio asks
     text: str  # what the restored line says, as far as the model knows
-    confidence: list[float]  # one probability for each character of `text`
+    confidence: list[float]  # one probability for each character of `text` (lesson 11d)
     read_from_input: str  # what the recogniser read before restoring
+    read_from_output: str = ""  # what it reads in `image`
+    places: list[float] = field(default_factory=list)  # centre of each character of `text`, 0 left to 1 right
+    evidence: list[Evidence] = field(default_factory=list)  # for each character, what its confidence rests on
     seed: int = 0  # the seed of the chosen candidate
+    candidates: list[Candidate] = field(default_factory=list)  # all attempts, best first, where there were several
     gate: Verdict | None = None  # what the do-no-harm gate did; None where it was off
     trace: list[Step] = field(default_factory=list)  # every z_t and c_t, where asked for
 
@@ -386,13 +484,15 @@ def restore_batch(
     seed: int = 0,
     candidates: int = 1,
     text: Sequence[str] | None = None,
-    height: int = 128,
+    height: int | Sequence[int] = 128,
     trace: bool = False,
     do_no_harm: bool = True,
     reader: Reader = "own",
     **settings,
 ) -> list[Restoration]:
-    """Restore several lines in one batch; `text` is a list, one known text per line. Settings as in `restore`.
+    """Restore several lines in one batch; settings as in `restore`.
+
+    text: a list, one known text per line. height: one for all, or one per line.
 
     Every line gets what `restore` would give it alone, up to the rounding of batched arithmetic.
     """
@@ -404,7 +504,7 @@ def restore_batch(
     device = next(model.parameters()).device
     size, reference = tuple(model.config.image_size), model.config.reference
     lr = torch.stack([line_to_canvas(a, size, reference) for a in arrays]).to(device)
-    tokens = None if text is None else model.alphabet.encode_batch(list(text)).to(device).repeat(candidates, 1)
+    tokens = None if text is None else model.alphabet.encode_batch(list(text)).to(device)
     if reader not in get_args(Reader):
         raise ValueError(f"reader must be one of {', '.join(get_args(Reader))}, not {reader!r}")
     own = reading = None  # released weights read inside their own loop
@@ -412,33 +512,39 @@ def restore_batch(
         own = model.recognizer.read(lr)
         reading = own if reader == "own" else ppocr_reading(arrays, model.alphabet).to(device)
         reading.features = own.features  # the text diffusion looks at the columns of our own recogniser
-        reading = reading[torch.arange(len(arrays)).repeat(candidates)]
-    seeds = [seed + k for k in range(candidates) for _ in arrays]  # all attempts are one batch, the first ones first
-    trials = sample(
-        model, lr.repeat(candidates, 1, 1, 1), steps=steps, mode=mode, seed=seeds, text=tokens, reading=reading,
-        trace=trace, **settings,
-    )  # fmt: skip
-    best = [0] * len(arrays)
-    if candidates > 1:
-        scores = legibility(model, trials.image, trials.tokens).view(candidates, -1)
-        best = scores.argmax(0).tolist()
-    chosen = torch.stack([trials.image[k * len(arrays) + i] for i, k in enumerate(best)])
+    heat = settings.pop("temperature", None)
+    again = 1.0 if heat is None and model.config.temperature == 0 else heat  # a second attempt must differ
+    attempts = [
+        sample(
+            model, lr, steps=steps, mode=mode, seed=seed + k, text=tokens, reading=reading, trace=trace,
+            temperature=again if k else heat, **settings,
+        )
+        for k in range(candidates)
+    ]  # fmt: skip
+    scores = torch.stack([legibility(model, a.image, a.tokens) for a in attempts]) if candidates > 1 else None
+    best = [0] * len(arrays) if scores is None else scores.argmax(0).tolist()
+    chosen = torch.stack([attempts[k].image[i] for i, k in enumerate(best)])
     verdicts = [None] * len(arrays)
     if do_no_harm and text is None and not reference:  # who says what the line says may change what is read
         config = GateConfig(mismatch=model.config.mismatch_limit)
         chosen, verdicts = gate(
             model.recognizer, chosen, lr, [a.shape[:2] for a in arrays], config=config, before=own
         )  # fmt: skip
-    results = [
-        to_restoration(
-            model, trials, k * len(arrays) + i, chosen[i], a.shape[1] / a.shape[0], height=height, seed=seed + k
+    after = None if reference else model.recognizer.read(chosen)
+    heights = [height] * len(arrays) if isinstance(height, int) else height
+    results = []
+    for i, (k, array) in enumerate(zip(best, arrays)):
+        result = to_restoration(
+            model, attempts[k], i, chosen[i], array.shape[1] / array.shape[0], height=heights[i], seed=seed + k
         )
-        for i, (k, a) in enumerate(zip(best, arrays))
-    ]
-    for result, verdict in zip(results, verdicts):
-        result.gate = verdict
-    for result, known in zip(results, text or []):
-        result.text = known  # with the characters that the alphabet lacks
+        result.gate = verdicts[i]
+        if after is not None:
+            witness(model, result, attempts[k], own, after, index=i, known=text is not None)
+        if scores is not None:
+            result.candidates = ranked(model, attempts, scores[:, i], index=i, size=result.image.size, seed=seed)
+        if text is not None:
+            result.text = text[i]  # with the characters that the alphabet lacks
+        results.append(result)
     return results
 
 
@@ -447,14 +553,42 @@ def to_restoration(
 ) -> Restoration:
     """Line `index` of a sampled batch, shown as `canvas` (3, H, W), as a `Restoration` of that ratio width / height."""
     tokens, probs = result.tokens[index].cpu(), result.probs[index].cpu()
+    seen = with_text(result.reading[index : index + 1].to("cpu"), tokens[None])
     return Restoration(
         image=canvas_to_line(canvas, ratio, height),
         text=model.alphabet.decode(tokens),
         confidence=[round(p, 4) for p in probs[tokens != PAD].tolist()],
         read_from_input=model.alphabet.decode(result.reading.best[index].cpu()),
+        places=[round(place, 4) for place in seen.centers[0][tokens != PAD].tolist()],
         seed=seed,
         trace=[step[index] for step in result.trace],
     )
+
+
+def witness(
+    model: DiffTSR, result: Restoration, attempt: Sample, before: Reading, after: Reading, *, index: int, known: bool
+) -> None:
+    """Fill in what lesson 11d says of line `index`; a known text is certain, and stays so."""
+    line = slice(index, index + 1)
+    result.read_from_output = after[line].text(model.alphabet)[0]
+    result.evidence = gather(attempt.tokens[index], attempt.probs[index], before[line], after[line])
+    if not known:
+        result.confidence = confidence(result.evidence, model.config.certainty)
+
+
+def ranked(
+    model: DiffTSR, attempts: Sequence[Sample], scores: Tensor, *, index: int, size: tuple[int, int], seed: int
+) -> list[Candidate]:
+    """The attempts at line `index`, the most legible first, as pictures of the size (width, height)."""
+    found = []
+    for k in scores.argsort(descending=True, stable=True).tolist():
+        image = attempts[k].image[index]
+        text = model.alphabet.decode(attempts[k].tokens[index].cpu())
+        reads = "" if model.config.reference else model.recognizer.read(image[None]).text(model.alphabet)[0]
+        alike = SequenceMatcher(None, text, reads, autojunk=False).ratio()
+        picture = canvas_to_line(image, size[0] / size[1], size[1])
+        found.append(Candidate(seed + k, text, reads, round(alike, 4), round(float(scores[k]), 4), picture))
+    return found
 
 
 # %%
@@ -477,7 +611,8 @@ def restore(
     """Restore one line of text: a path, a PIL image or a uint8 array (H, W, 3), 1 to 8 times as wide as high.
 
     steps: image steps, the preset's number by default. mode: "full", "baseline" or "no-text" (see `sample`).
-    candidates: so many attempts with seeds seed, seed + 1, ...; the one that our recogniser reads best is returned.
+    candidates: so many attempts with seeds seed, seed + 1, ..., ranked by how well our recogniser reads them; the best
+    is returned, all are in `.candidates`. Where the model starts from no noise, all but the first start from noise.
     text: what the line says, where it is known (at most 24 characters; those outside the alphabet are restored from
     the image alone). height: of the result, in pixels. trace: keep every z_t and c_t. do_no_harm: let the gate of
     lesson 11b put the input back where the restored line reads worse or does not match it (not with a known text).
@@ -534,145 +669,26 @@ print(f"width / height of the input {one.width / one.height:.2f}, of the result 
 # %% [markdown]
 # ## 4. The command
 #
-# The same for people who do not write Python:
-#
-# ```
-# python -m difftsr.restore IMAGE_OR_FOLDER ... --output DIR [--weights NAME_OR_PATH] [--steps N]
-#        [--mode full|baseline|no-text] [--seed 0] [--text TEXT] [--candidates N]
-# ```
-#
-# For every image it writes `DIR/<stem>.png` and `DIR/<stem>.json`. `tyro` makes the options from a dataclass, so the help text below the option is the comment beside the field. Some manners that a command should have:
-#
-# - a bad image costs one line on stderr, not the other images; the exit status at the end is 2;
-# - what is wrong for *all* images (the weights, the number of steps) is said once, before the work begins;
-# - a result is written under a temporary name and moved, so that nobody ever finds half a picture;
-# - it never overwrites its own input, and two inputs of one name do not overwrite each other's results.
+# `python -m difftsr.restore photo.png --output restored/` does the same for people who do not write Python. There is more to a command than to a call; lesson 12d builds it.
 
 # %%
 #| export
-@dataclass
-class RestoreConfig:
-    """Restore degraded lines of text: one PNG and one JSON per image."""
-
-    images: tyro.conf.Positional[list[Path]]  # images, or folders of images
-    output: Path  # folder for the results, made where it is missing
-    weights: str = "classroom"  # a name under data/weights, or the path of a folder
-    steps: int | None = None  # image steps; the preset's number by default
-    mode: Mode = "full"  # which text conditions the image
-    seed: int = 0  # the same seed gives the same bytes
-    text: str | None = None  # what the line says, where it is known
-    candidates: int = 1  # attempts; the most legible one is kept
-    do_no_harm: bool = True  # put the input back where the restored line reads worse or does not match it
-    reader: Reader = "own"  # who reads the input first: our recogniser, or PP-OCRv6 (needs the package rapidocr)
-    device: str = "auto"  # "cpu", "cuda", ...; "auto" takes a GPU where there is one
-
-
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The files among `paths`, and for a folder the images directly inside it, in the order of their names."""
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            found += sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-        else:
-            found.append(path)
-    return found
-
-
-def save_restoration(restoration: Restoration, output: Path, stem: str, **about) -> None:
-    """Write `output`/`stem`.png and `output`/`stem`.json (text, confidences, first reading, and `about`)."""
-    buffer = io.BytesIO()
-    restoration.image.save(buffer, format="PNG")
-    report = {
-        "text": restoration.text,
-        "confidence": restoration.confidence,
-        "read_from_input": restoration.read_from_input,
-        "size": list(restoration.image.size),
-        "seed": restoration.seed,
-        "gate": restoration.gate and asdict(restoration.gate),
-        **about,
-    }
-    write_atomically(output / f"{stem}.png", buffer.getvalue())
-    write_json(output / f"{stem}.json", report)
-
-
-# %%
-#| export
-def restore_files(model: DiffTSR, config: RestoreConfig) -> int:
-    """Restore every image of the command line; return how many failed, each with one line on stderr."""
-    failures, written = 0, {}
-    progress = tqdm(find_images(config.images), desc="restoring", unit="line", disable=None)  # silent in a pipe
-    for path in progress:
-        try:
-            target = (config.output / f"{path.stem}.png").resolve()
-            if target == path.resolve():
-                raise ValueError(f"{path}: the result would replace its own input; choose another --output")
-            if target in written:
-                raise ValueError(f"{path}: {written[target]} has the same name; results need different names")
-            image = load_image(path)
-            result = restore(
-                model, image, steps=config.steps, mode=config.mode, seed=config.seed, candidates=config.candidates,
-                text=config.text, do_no_harm=config.do_no_harm, reader=config.reader,
-            )  # fmt: skip
-            about = {"file": path.name, "mode": config.mode, "steps": config.steps or model.config.steps}
-            save_restoration(result, config.output, path.stem, **about)
-            written[target] = path
-        except (ValueError, OSError) as error:
-            failures += 1
-            progress.write(f"error: {error}", file=sys.stderr)
-    return failures
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line `python -m difftsr.restore`; returns the exit status: 0, or 2 where anything was wrong."""
-    config = tyro.cli(RestoreConfig, args=arguments, prog="python -m difftsr.restore")
-    try:
-        device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        model = DiffTSR.from_pretrained(config.weights, device=device)
-        check_settings(model, config)
-        config.output.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if model.untrained:
-        print(f"note: these weights have untrained networks: {', '.join(model.untrained)}", file=sys.stderr)
-    return 2 if restore_files(model, config) else 0
+    """The command line `python -m difftsr.restore` (lesson 12d); returns the exit status."""
+    from difftsr.command import main as command
+
+    return command(arguments)
 
 
-def check_settings(model: DiffTSR, config: RestoreConfig) -> None:
-    """What is wrong for every image is said once, before the first: a `ValueError` that says what is allowed."""
-    if config.steps is not None:
-        timesteps(config.steps, len(model.idm.diffusion.alpha_bar))
-    if config.mode == "no-text" and config.text is not None:
-        raise ValueError("--mode no-text uses no text: leave --text out, or choose another mode")
-    if config.candidates < 1:
-        raise ValueError(f"--candidates must be at least 1, not {config.candidates}")
-    if config.text is not None:
-        model.alphabet.encode(config.text)
-    if not find_images(config.images):
-        raise ValueError(f"no image in {', '.join(map(str, config.images))}; allowed: {', '.join(SUFFIXES)}")
-
-
-# %%
-small = DiffTSR(preset("tiny")).eval()
-small.untrained.clear()  # it is random, but nobody needs to be told again
-small.save(scratch / "weights")
-status = main([str(scratch / "in"), "--output", str(scratch / "out"), "--weights", str(scratch / "weights")])
-print("exit status", status, "  written:", *sorted(path.name for path in (scratch / "out").iterdir()))
-report = json.loads((scratch / "out" / "good.json").read_text(encoding="utf-8"))
-print("the report has", ", ".join(report))
-assert status == 2 and report["size"][1] == 128
-
-# %%
-#| export
 if __name__ == "__main__" and "__file__" in globals():
     raise SystemExit(main())
 
 # %% [markdown]
 # ## Summary
 #
-# - Look at an image file as it is: turn it, put it on white, scale 16 bits down, and refuse what is no line with a sentence that helps.
+# - Look at an image file as it is: turn it, put it on white, scale 16 bits down, never unpack more than there is room for, and refuse what is no line with a sentence that helps.
 # - Stretch to the canvas, restore, undo the stretch; round.
-# - `restore` for one line, `restore_batch` for many, `python -m difftsr.restore` for a folder. Same seed, same bytes.
+# - `restore` for one line, `restore_batch` for many. Same seed, same bytes.
 
 # %% [markdown]
 # ## Exercises
@@ -798,4 +814,4 @@ check({
 # %% [markdown]
 # ## Where to go next
 #
-# Lesson 13 trains what was used here. Lesson 14 measures how good it is, on lines that the training has never seen.
+# Lesson 12b takes lines of any length, whole pages and PDF files; 12c watches both diffusions; 12d is the command. Lesson 13 trains what was used here. Lesson 14 measures how good it is, on lines that the training has never seen.

