@@ -10,7 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
-from difftsr.evaluate import EvaluateConfig, evaluate, read_report, summary
+from difftsr.evaluate import EvaluateConfig, evaluate
+from difftsr.report import read_report, summary
 from difftsr.text_lines import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]

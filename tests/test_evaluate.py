@@ -15,27 +15,8 @@ import pytest
 from PIL import Image
 from scipy import linalg
 
-from difftsr import evaluate as ev
-from difftsr.evaluate import (
-    Bar,
-    DemoRow,
-    EvaluateConfig,
-    LabelledLine,
-    Restorer,
-    band,
-    columns,
-    compare,
-    demo_lines,
-    evaluate,
-    figures,
-    labelled,
-    main,
-    mean_scores,
-    metrics,
-    parsed,
-    slices,
-    table,
-)
+from difftsr import ablations, scores
+from difftsr.evaluate import DemoRow, EvaluateConfig, demo_lines, evaluate, main, mean_scores
 from difftsr.measures import (
     PPOCR,
     accuracy,
@@ -55,6 +36,9 @@ from difftsr.measures import (
     window_features,
 )
 from difftsr.model import DiffTSR, preset
+from difftsr.report import columns, compare, table
+from difftsr.restorers import LabelledLine, Restorer, fingerprint, labelled, make_restorer, parsed, slices
+from difftsr.scores import PSNR_TOP, Bar, band, figures, metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT / "data" / "samples"
@@ -283,7 +267,7 @@ def place(tmp_path_factory):
         "import time\n"
         "import numpy as np\n"
         "from PIL import Image\n"
-        "from difftsr.evaluate import Restorer\n\n\n"
+        "from difftsr.restorers import Restorer\n\n\n"
         "def noise(config):\n"
         "    def run(line):\n"
         "        open('calls.txt', 'a').write(line.name + '\\n')\n"
@@ -333,7 +317,7 @@ def test_hr_beats_the_input_and_the_input_beats_noise_on_every_measure(report):
         row = means["input", name]
         assert row["low"] <= row["mean"] <= row["high"] and row["lines"] == 6
     assert means["hr", "ned_v6"]["mean"] == 1 and means["hr", "lpips"]["mean"] == 0
-    assert means["hr", "afd"]["mean"] == pytest.approx(0, abs=1e-6) and means["hr", "psnr"]["mean"] == ev.PSNR_TOP
+    assert means["hr", "afd"]["mean"] == pytest.approx(0, abs=1e-6) and means["hr", "psnr"]["mean"] == PSNR_TOP
 
 
 def test_the_files_of_a_report(place, report):
@@ -357,7 +341,7 @@ def test_what_is_in_the_cache_is_neither_restored_nor_measured_again(place, repo
     calls = (place / "calls.txt").read_text(encoding="utf-8").split()
     assert sorted(calls) == sorted({record["file"] for record in report["lines"]})
     monkeypatch.chdir(place)
-    monkeypatch.setattr(ev, "lpips", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(scores, "lpips", lambda *_: pytest.fail("measured again"))
     again = evaluate(settings(place, output=place / "again"))
     assert again == report
     assert (place / "calls.txt").read_text(encoding="utf-8").split() == calls
@@ -422,7 +406,7 @@ def test_the_comparison_is_printed_and_written(place, report, tmp_path, capsys):
 def test_an_ablation_has_a_row_for_every_switch(place, report, monkeypatch):
     monkeypatch.chdir(place)
     few = {"as it comes": "", "baseline": "mode=baseline", "true text": "text=truth", "later": "no_such_switch=1"}
-    monkeypatch.setattr(ev, "ABLATIONS", few)
+    monkeypatch.setattr(ablations, "ABLATIONS", few)
     result = evaluate(settings(place, ablate=True, baselines=(), output=place / "ablation"))
     assert result["restorers"] == ["input", "difftsr", "difftsr:mode=baseline", "difftsr:text=truth", "hr"]
     assert (place / "ablation" / "ablation.png").exists()
@@ -430,7 +414,7 @@ def test_an_ablation_has_a_row_for_every_switch(place, report, monkeypatch):
 
 
 def test_real_ablation_rows_name_switches_that_exist():
-    rows = ev.ablations()
+    rows = ablations.ablations()
     assert {"as it comes", "1 step", "seed 1", "no text", "baseline", "true text", "from noised LR, .5"} <= set(rows)
     for spec in rows.values():
         parsed(spec.partition(":")[2])
@@ -459,7 +443,7 @@ def test_what_is_wrong_is_said_in_one_line(arguments, words, place, capsys):
 
 def test_a_folder_of_results_is_a_restorer_and_may_lack_lines(tmp_path):
     Image.new("RGB", (80, 20), "red").save(tmp_path / "01.jpg")
-    restorer = ev.make_restorer(f"folder:{tmp_path}", EvaluateConfig())
+    restorer = make_restorer(f"folder:{tmp_path}", EvaluateConfig())
     one, two = (restorer.run(LabelledLine(Path("x"), name=name)) for name in ("sub/01.webp", "02.webp"))
     assert one.size == (80, 20) and two is None
 
@@ -467,10 +451,10 @@ def test_a_folder_of_results_is_a_restorer_and_may_lack_lines(tmp_path):
 def test_other_weights_settings_and_inputs_have_other_fingerprints(place):
     config = settings(place)
     makers = ["difftsr", "difftsr:seed=1", "difftsr:mode=baseline"]
-    assert len({ev.make_restorer(name, config).identity for name in makers}) == 3
-    assert len({ev.fingerprint(*parts) for parts in (("a", "bc"), ("ab", "c"), (b"abc",), (None, "abc"))}) == 4
+    assert len({make_restorer(name, config).identity for name in makers}) == 3
+    assert len({fingerprint(*parts) for parts in (("a", "bc"), ("ab", "c"), (b"abc",), (None, "abc"))}) == 4
     zeros = np.zeros((2, 3), np.uint8)
-    assert ev.fingerprint(zeros) != ev.fingerprint(zeros.reshape(3, 2))
+    assert fingerprint(zeros) != fingerprint(zeros.reshape(3, 2))
 
 
 @pytest.mark.parametrize(
@@ -522,7 +506,7 @@ def test_the_published_inputs_and_outputs_read_as_recorded():
     judge, config = PPOCR("v4"), EvaluateConfig(set=f"{reference}/real_lines")
     lines = [line for line in labelled(config.set_folder()) if line.name.startswith("difftsr_synth_lr/")]
     for name, expected in (("input", 0.855), ("released", 0.975)):
-        restorer: Restorer = ev.make_restorer(name, config)
+        restorer: Restorer = make_restorer(name, config)
         scores = [ned(judge(np.asarray(restorer.run(line)))[0], line.truth) for line in lines]
         assert len(scores) == 10 and np.mean(scores) == pytest.approx(expected, abs=6e-4)
 
@@ -531,7 +515,7 @@ def test_real_esrgan_keeps_a_flat_picture_flat(tmp_path):
     pytest.importorskip("ncnn", reason="ncnn is not installed (extra: baselines)")
     Image.new("RGB", (24, 16), (200, 60, 20)).save(tmp_path / "flat.png")
     try:
-        restorer = ev.make_restorer("animevideov3", EvaluateConfig())
+        restorer = make_restorer("animevideov3", EvaluateConfig())
     except ImportError as error:
         pytest.skip(str(error))
     image = np.asarray(restorer.run(LabelledLine(tmp_path / "flat.png")))
