@@ -19,12 +19,14 @@ import tyro
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .ablations import ablations, plot_ablation
+from .ablations import ablations, effects, plot_ablation
 from .measures import JUDGES, Judge, ned
 from .model import DiffTSR
 from difftsr.report import (
     compare,
     comparison_text,
+    failure_picture,
+    failures,
     gallery,
     plot_slices,
     read_report,
@@ -41,14 +43,15 @@ from difftsr.restorers import (
     Restorer,
     RestorerConfig,
     apply,
-    cache_root,
     labelled,
     make_restorer,
     slices,
 )
 from difftsr.scores import (
     BASELINE,
+    GATE_OFF,
     NO_TEXT,
+    PPOCR_READER,
     figures,
     frechet_figures,
     judge_bars,
@@ -68,7 +71,8 @@ class EvaluateConfig(RestorerConfig):
     compare: tuple[Path, Path] | None = None  # two reports (folders or report.json): B minus A
     demo: bool = False  # restore the sample lines and IMAGES, with a table and a gallery
     ablate: bool = False  # one row for every switch of a restoration; --set is data/eval/dev then
-    quick: bool = False  # ten texts, one judge, no x4plus: for a look, not for a report
+    texts: int | None = None  # so many texts of the set, evenly spread, with all their pictures; all of them
+    quick: bool = False  # ten texts, one judge, the quickest rows: for a look, not for a report
     output: Path | None = None  # folder of results; out/<name of the set>, out/demo
     judges: tuple[Literal["v6", "v4", "tesseract"], ...] = ()  # who reads; all that are installed
     baselines: tuple[str, ...] = ()  # other rows: NAME, difftsr:NAME=VALUE, folder:PATH or MODULE:FUNCTION
@@ -77,7 +81,9 @@ class EvaluateConfig(RestorerConfig):
         return data_folder() / "eval" / "dev" if self.set is None and self.ablate else super().set_folder()
 
 
-ROWS = ("input", "difftsr", BASELINE, NO_TEXT, "animevideov3", "x4plus", "released", "hr")
+ROWS = (
+    "input", "difftsr", GATE_OFF, PPOCR_READER, BASELINE, NO_TEXT, "animevideov3", "x4plus", "released", "hr",
+)  # fmt: skip
 
 
 def read_set(config: EvaluateConfig) -> tuple[list[LabelledLine], list[str]]:
@@ -86,6 +92,8 @@ def read_set(config: EvaluateConfig) -> tuple[list[LabelledLine], list[str]]:
     `ValueError` where there is no set, or no line in it.
     """
     folder = config.set_folder()
+    if config.texts is not None and config.texts < 1:
+        raise ValueError(f"--texts must be at least 1, not {config.texts}")
     if not (folder / "labels.tsv").is_file():
         raise ValueError(f"{folder}: no set of lines; a folder with labels.tsv (columns file and text) is needed")
     lines, refused = [], []
@@ -98,9 +106,10 @@ def read_set(config: EvaluateConfig) -> tuple[list[LabelledLine], list[str]]:
             print(f"difftsr.evaluate: left out: {error}", file=sys.stderr)
     if not lines:
         raise ValueError(f"{folder}: none of its pictures is a line that can be restored")
-    if config.quick:
+    if config.quick or config.texts is not None:
         texts = list(dict.fromkeys(line.text_id for line in lines))
-        chosen = {texts[i * len(texts) // min(10, len(texts))] for i in range(min(10, len(texts)))}
+        count = min(config.texts or 10, len(texts))
+        chosen = {texts[i * len(texts) // count] for i in range(count)}
         lines = [line for line in lines if line.text_id in chosen]
     return lines, refused
 
@@ -125,7 +134,7 @@ def choose_restorers(config: EvaluateConfig, lines: Sequence[LabelledLine]) -> l
     else:
         names = ["input", "difftsr", *config.baselines, "hr"] if config.baselines else list(ROWS)
     if config.quick and not config.baselines:
-        names = [name for name in names if name not in ("x4plus", BASELINE, NO_TEXT)]
+        names = [name for name in names if name in ("input", "difftsr", "animevideov3", "released", "hr")]
     if not any(line.sharp for line in lines):
         names = [name for name in names if name != "hr"]
     if not (config.set_folder() / "difftsr_synth_released_sr").is_dir() and "released" not in config.baselines:
@@ -149,7 +158,7 @@ def collect(
     A record holds one line of one restorer; a `ValueError` of a restorer costs that line alone and is said on stderr.
     """
     restorers = choose_restorers(config, lines)
-    folder = config.cache or cache_root()
+    folder = config.cache_folder()
     failed: set[tuple[str, str]] = set()
 
     def results(title: str) -> Iterator[tuple[Restorer, LabelledLine, Restored]]:
@@ -211,6 +220,8 @@ def evaluate(config: EvaluateConfig) -> dict:
         "labels": {name: label for label, name in ablations().items()} if config.ablate else {},
         "figures": rows, "gains": gains, "bars": judge_bars(rows, list(judges)), "lines": records,
     }  # fmt: skip
+    report["effects"] = effects(records, report["labels"], [n for n in names if n != "afd"]) if config.ablate else []
+    report["failures"] = failures(report)
     output = config.output or Path("out") / (report["set"] + ("-ablation" if config.ablate else ""))
     output.mkdir(parents=True, exist_ok=True)
     write_report(report, config, output)
@@ -224,6 +235,8 @@ def write_report(report: dict, config: EvaluateConfig, output: Path) -> None:
     plot_slices(report, output / "figures.png")
     if config.ablate:
         plot_ablation(report, output / "ablation.png")
+    if report["failures"]:
+        save_picture(failure_picture(report["failures"], config), output / "failures.jpg")
     names = sheets(report, config, output)
     write_atomically(output / "report.md", report_text(report, names).encode())
     write_json(output / "report.json", report)

@@ -314,6 +314,9 @@ class RestorerConfig:
         """The folder of the set; a `pairs:` in front is allowed, as in training."""
         return data_folder() / "eval" / "test" if self.set is None else Path(self.set.removeprefix("pairs:"))
 
+    def cache_folder(self) -> Path:
+        return self.cache or cache_root()
+
     def torch_device(self) -> str:
         return self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -421,6 +424,8 @@ def weights_identity(folder: Path) -> str:
 def difftsr_restorer(config: RestorerConfig, settings: str = "") -> Restorer:
     """This project: the weights and settings of `config`, with the given ones on top."""
     chosen = {"steps": config.steps, "mode": config.mode, "seed": config.seed} | parsed(settings)
+    if chosen.get("reader") == "ppocr" and importlib.util.find_spec("rapidocr") is None:
+        raise ImportError(f"difftsr:{settings} needs rapidocr: pip install 'difftsr[evaluate]'")
     oracle = chosen.get("text") == "truth"
     model = cache(lambda: DiffTSR.from_pretrained(config.weights, device=config.torch_device()))
 

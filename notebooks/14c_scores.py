@@ -87,6 +87,13 @@ from difftsr.measures import (
 )
 from difftsr.restorers import STRENGTHS, LabelledLine, code_identity, fingerprint, is_hanzi, kept
 
+# %%
+import matplotlib.pyplot as plt
+
+from difftsr.measures import PPOCR
+from difftsr.restorers import cache_root, labelled
+from difftsr.text_lines import data_folder
+
 # %% [markdown]
 # | word | meaning |
 # |---|---|
@@ -149,6 +156,19 @@ def score(image: np.ndarray, line: LabelledLine, judges: dict[str, Judge], folde
             read = stored(f"{judge.name} {judge.version}", lambda j=judge: reading_scores(j, image, line.truth))
             scores |= {f"{name}_{key}": value for name, value in read.items()}
     return scores, features
+
+
+# %%
+line = labelled(data_folder() / "samples")[4]
+pictures = {"input": line.image, "upside down": line.image[::-1], "sharp": line.target}
+plt.figure(figsize=(9, 1.6))
+for place, (name, picture) in enumerate(pictures.items()):
+    scores, _ = score(np.ascontiguousarray(picture), line, {"v6": PPOCR("v6")}, cache_root())
+    plt.subplot(1, 3, place + 1)
+    plt.imshow(picture)
+    plt.title(f"{name}: NED {scores['ned_v6']:.2f}, LPIPS {scores['lpips']:.2f}, {scores['psnr']:.0f} dB", fontsize=9)
+    plt.axis("off")
+plt.show()
 
 
 # %% [markdown]
@@ -361,7 +381,8 @@ class Bar:
         return {"bar": text, "figure": figure, "limit": other + self.margin, "met": met}
 
 
-BASELINE, NO_TEXT, PPOCR_READER = "difftsr:mode=baseline", "difftsr:mode=no-text", "difftsr:reader=ppocr"
+BASELINE, NO_TEXT = "difftsr:mode=baseline", "difftsr:mode=no-text"
+GATE_OFF, PPOCR_READER = "difftsr:do_no_harm=False", "difftsr:reader=ppocr"
 BARS = {
     "strength": [
         *(Bar("lpips", s, strict=True) for s in STRENGTHS),

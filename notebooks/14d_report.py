@@ -68,12 +68,24 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from difftsr.restorers import RestorerConfig, apply, cache_root, labelled, make_restorer
+from difftsr.restorers import LabelledLine, Restorer, RestorerConfig, apply, labelled, make_restorer
 from difftsr.scores import Metric, metrics, paired
 from difftsr.text_lines import find_fonts, write_atomically
 
+# %%
+import matplotlib.pyplot as plt
+from IPython.display import Markdown
+
+from difftsr.text_lines import data_folder
+
 
 # %% [markdown]
+# | word | meaning |
+# |---|---|
+# | report | a dictionary: what was measured, the figures, the bars, and every line of every restorer |
+# | sheet | a page of pictures of many lines, each with what a judge reads in it |
+# | harm | what a reader's NED loses when a restored line takes the place of its input |
+#
 # ## Tables and pictures
 #
 # A table has to line up, and a Chinese character is two columns wide in a terminal.
@@ -140,6 +152,15 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
+# %%
+lines = labelled(data_folder() / "samples")[:4]
+rows = [[(Image.fromarray(line.image), line.name), (Image.fromarray(line.target), line.truth)] for line in lines]
+plt.figure(figsize=(8, 4))
+plt.imshow(gallery(rows, ["input", "truth"]))
+plt.axis("off")
+plt.show()
+
+
 # %% [markdown]
 # ## The report
 #
@@ -190,15 +211,15 @@ def bar_table(report: dict) -> tuple[list, list]:
     return ["bar", "figure", "limit", ""], rows
 
 
-def gain_table(gains: Sequence[dict], judges: Sequence[str]) -> tuple[list, list]:
-    """Header and rows of paired differences: a row for every slice, a column for every measure."""
+def gain_table(gains: Sequence[dict], judges: Sequence[str], first: str = "lines") -> tuple[list, list]:
+    """Header (which begins with `first`) and rows of paired differences: a row a slice, a column a measure."""
     names = {name: metric for name, metric in metrics(judges).items() if any(g["metric"] == name for g in gains)}
     index = {(g["slice"], g["metric"]): g for g in gains}
     rows = [
         [value, *(shown(index.get((value, name)), metric, sign=True) for name, metric in names.items())]
         for value in dict.fromkeys(g["slice"] for g in gains)
     ]
-    return ["lines", *(metric.label for metric in names.values())], rows
+    return [first, *(metric.label for metric in names.values())], rows
 
 
 def summary(report: dict) -> str:
@@ -223,6 +244,8 @@ def report_text(report: dict, sheets: Sequence[str]) -> str:
         "when each was made; peak MB is that of the whole process.",
         markdown(*main_table(report)),
         "![figures by slice](figures.png)",
+        *(["## Difference to our first row, line by line", markdown(*gain_table(report["effects"], judges, "row")),
+           "![ablation](ablation.png)"] if report["effects"] else []),
         "## Bars" if report["bars"] else "",
         markdown(*bar_table(report)) if report["bars"] else "",
         "## Difftsr minus input, line by line", markdown(*gain_table(report["gains"], judges)),
@@ -234,6 +257,9 @@ def report_text(report: dict, sheets: Sequence[str]) -> str:
         for value in values:
             parts += [f"**{value}**", markdown(*main_table(report, value, kind=kind))]
     parts += ["## By character", "The share of characters that a judge finds at their place.", character_tables(report)]
+    if report["failures"]:
+        parts += [f"## The {len(report['failures'])} lines that were harmed most", "![failures](failures.jpg)"]
+        parts.append(markdown(*failure_table(report["failures"])))
     parts += ["## Contact sheets, from the worst line to the best", *(f"![{name}]({name})" for name in sheets)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -251,6 +277,23 @@ def character_tables(report: dict) -> str:
                 for r in report["restorers"]]  # fmt: skip
         parts.append(markdown(header, body))
     return "\n\n".join(parts)
+
+
+# %% [markdown]
+# The report of the committed weights lies in `data/benchmarks/evaluate.json`, without its lines. Which bars did they
+# meet?
+
+# %%
+stored = json.loads((data_folder() / "benchmarks" / "evaluate.json").read_text(encoding="utf-8"))
+Markdown(markdown(*bar_table(stored)))
+
+# %% [markdown]
+# Our restorations minus their inputs, line by line: where an interval leaves out zero, it was no accident of these lines.
+
+# %%
+header, rows = gain_table(stored["gains"], list(stored["judges"]))
+narrow = [0, *(place for place, name in enumerate(header) if name.startswith(("NED", "LPIPS")))]
+print(table([header[i] for i in narrow], [[row[i] for i in narrow] for row in rows]))
 
 
 # %% [markdown]
@@ -301,36 +344,119 @@ def save_figure(figure, path: Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
+# %%
+plot_slices(stored, Path("figures.png"))
+plt.figure(figsize=(11, 8))
+plt.imshow(Image.open("figures.png"))
+plt.axis("off")
+plt.show()
+Path("figures.png").unlink()
+
+
 # %% [markdown]
 # And pictures say what no number does. The contact sheets show every line, from the worst to the best: by the first
 # judge's NED of our restoration, then by LPIPS.
 
 # %%
 #| export
+def result_row(line: LabelledLine, restorers: Sequence[Restorer], captions: Sequence[str], folder: Path) -> list:
+    """(picture, caption) of a line for each restorer, from the cache in `folder`; no picture where it has no answer."""
+    found = [apply(restorer, line, folder) for restorer in restorers]
+    return [(Image.fromarray(x.image) if x else None, caption) for x, caption in zip(found, captions)]
+
+
 def sheets(report: dict, config: RestorerConfig, output: Path, per_sheet: int = 40) -> list[str]:
     """Write sheet-01.jpg, ... with input, ours, the best other restorer's and the truth; return their names."""
     judge = next(iter(report["judges"]), None)
     by_key = {(record["restorer"], record["file"]): record for record in report["lines"]}
     ours = [record for record in report["lines"] if record["restorer"] == "difftsr"]
     ours.sort(key=lambda r: (r.get(f"ned_{judge}", 1), -(r.get("lpips") or 0), r["file"]))
-    columns_shown = [r for r in ("input", "difftsr", "x4plus", "released", "hr") if r in report["restorers"]]
-    makers = {name: make_restorer(name, config) for name in columns_shown}
+    shown = [name for name in ("input", "difftsr", "x4plus", "released", "hr") if name in report["restorers"]]
+    restorers = [make_restorer(name, config) for name in shown]
     lines = {line.name: line for line in labelled(config.set_folder())}
-    names, folder = [], config.cache or cache_root()
+
+    def caption(name: str, file: str) -> str:
+        record = by_key.get((name, file), {})
+        if name == "hr":
+            return f"{lines[file].truth}  ({file})"
+        return f"{record[f'ned_{judge}']:.2f} {record[f'reading_{judge}']}" if f"ned_{judge}" in record else ""
+
+    names = []
     for start in range(0, len(ours), per_sheet):
-        rows = []
-        for record in ours[start : start + per_sheet]:
-            row = []
-            for name in columns_shown:
-                other, line = by_key.get((name, record["file"])), lines[record["file"]]
-                restored = apply(makers[name], line, folder) if other else None
-                score_text = f"{other.get(f'ned_{judge}', 0):.2f} {other.get(f'reading_{judge}', '')}" if other else ""
-                caption = f"{line.truth}  ({line.name})" if name == "hr" else score_text
-                row.append((Image.fromarray(restored.image) if restored else None, caption))
-            rows.append(row)
+        files = [record["file"] for record in ours[start : start + per_sheet]]
+        rows = [
+            result_row(lines[file], restorers, [caption(name, file) for name in shown], config.cache_folder())
+            for file in files
+        ]
         names.append(f"sheet-{len(names) + 1:02d}.jpg")
-        save_picture(gallery(rows, columns_shown, height=48), output / names[-1])
+        save_picture(gallery(rows, shown, height=48), output / names[-1])
     return names
+
+
+# %% [markdown]
+# The worst lines of all are often those that nobody could have saved. To learn from failures, look at the lines that a
+# reader read *better before* we touched them.
+
+# %%
+#| export
+FAILURE_COLUMNS = ("input", "difftsr", "hr")
+
+
+def failures(report: dict, most: int = 10) -> list[dict]:
+    """The lines that our restoration harmed most: {"file", "truth", "harm", and a reading for each column}.
+
+    Harm is the NED of the first judge before minus after; lines that were not harmed are no failures.
+    """
+    judge = next(iter(report["judges"]), None)
+    by_key = {(record["restorer"], record["file"]): record for record in report["lines"] if f"ned_{judge}" in record}
+    found = []
+    for (name, file), ours in by_key.items():
+        before = by_key.get(("input", file))
+        if name == "difftsr" and before and before[f"ned_{judge}"] > ours[f"ned_{judge}"]:
+            readings = {c: by_key.get((c, file), {}).get(f"reading_{judge}") for c in FAILURE_COLUMNS}
+            harm = round(before[f"ned_{judge}"] - ours[f"ned_{judge}"], 4)
+            found.append({"file": file, "truth": ours["truth"], "harm": harm, **readings})
+    return sorted(found, key=lambda row: (-row["harm"], row["file"]))[:most]
+
+
+def failure_picture(found: Sequence[dict], config: RestorerConfig) -> Image.Image:
+    """The lines of `failures`, each as it came, as we made it and as it should be, with what the judge reads in it."""
+    shown = [name for name in FAILURE_COLUMNS if any(row[name] is not None for row in found)]
+    restorers = [make_restorer(name, config) for name in shown]
+    lines = {line.name: line for line in labelled(config.set_folder())}
+    rows = [
+        result_row(lines[row["file"]], restorers, [row[name] or "" for name in shown], config.cache_folder())
+        for row in found
+    ]
+    return gallery(rows, shown)
+
+
+def failure_table(found: Sequence[dict]) -> tuple[list, list]:
+    """Header and rows of `failures`."""
+    header = ["line", "truth", "read in the input", "in the restored line", "in the sharp one", "NED lost"]
+    return header, [
+        [row["file"], row["truth"], *(row[name] or "-" for name in FAILURE_COLUMNS), f"{row['harm']:.2f}"]
+        for row in found
+    ]
+
+
+# %%
+by_hand = [("input", "a", 1.0), ("difftsr", "a", 0.5), ("input", "b", 0.2), ("difftsr", "b", 0.9)]
+toy_lines = [
+    {"restorer": name, "file": file, "truth": "停车", "ned_v6": value, "reading_v6": "停车" if value == 1 else "停"}
+    for name, file, value in by_hand
+]
+print(table(*failure_table(failures({"judges": {"v6": "PP-OCRv6"}, "lines": toy_lines}))))
+
+# %% [markdown]
+# Line b got better, so it is no failure. These are the lines of the stored report that the committed weights harmed most:
+
+# %%
+print(table(*failure_table(stored["failures"])))
+plt.figure(figsize=(10, 9))
+plt.imshow(failure_picture(stored["failures"], RestorerConfig(set=str(data_folder() / "eval" / stored["set"]))))
+plt.axis("off")
+plt.show()
 
 
 # %% [markdown]
@@ -391,6 +517,16 @@ def comparison_text(result: dict, a: str, b: str) -> str:
         parts += ["## Lines that changed most", markdown(["line", "truth", "A read", "B read", "NED"], rows)]
     return "\n\n".join(parts) + "\n"
 
+
+# %%
+def toy_report(score: float) -> dict:
+    """A report of one line, read with this NED."""
+    record = {"restorer": "difftsr", "file": "a", "text_id": "a", "truth": "停车", "slices": {"all": "all"}}
+    return {"restorers": ["difftsr"], "judges": {"v6": ""}, "lines": [record | {"ned_v6": score, "reading_v6": "停"}]}
+
+
+print(comparison_text(compare(toy_report(0.5), toy_report(0.75)), "old", "new"))
+
 # %% [markdown]
 # ## Summary
 #
@@ -400,7 +536,8 @@ def comparison_text(result: dict, a: str, b: str) -> str:
 #
 # ## Exercises
 #
-# 1. Compare two reports of different seeds. How large are the differences that mean nothing?
+# 1. Which lines of the contact sheets would you have read better than the judge?
+# 2. Give two reports of one run to `compare` after you swapped two readings in one of them. Is it seen?
 #
 # ## Where to go next
 #

@@ -12,7 +12,8 @@
 # **What you will build.** The command that measures restorers on a set of lines and writes a report that can be believed,
 # compares two reports, runs every ablation, and shows the demo.
 #
-# **What you will understand.** How a run is put together, and how good the committed weights are.
+# **What you will understand.** How a run is put together so that it can be killed and taken up, what a fair demo shows,
+# and how good the committed weights are.
 #
 # **What it needs.** Half a minute and 1 GB of memory on two CPU cores.
 
@@ -72,12 +73,14 @@ import tyro
 from PIL import Image
 from tqdm.auto import tqdm
 
-from difftsr.ablations import ablations, plot_ablation
+from difftsr.ablations import ablations, effects, plot_ablation
 from difftsr.measures import JUDGES, Judge, ned
 from difftsr.model import DiffTSR
 from difftsr.report import (
     compare,
     comparison_text,
+    failure_picture,
+    failures,
     gallery,
     plot_slices,
     read_report,
@@ -94,14 +97,15 @@ from difftsr.restorers import (
     Restorer,
     RestorerConfig,
     apply,
-    cache_root,
     labelled,
     make_restorer,
     slices,
 )
 from difftsr.scores import (
     BASELINE,
+    GATE_OFF,
     NO_TEXT,
+    PPOCR_READER,
     figures,
     frechet_figures,
     judge_bars,
@@ -115,12 +119,19 @@ from difftsr.text_lines import data_folder, write_atomically, write_json
 # %%
 import json
 
-import matplotlib.pyplot as plt
+from IPython.display import Markdown
 
-from difftsr.report import bar_table, gain_table, main_table
+from difftsr.report import main_table, markdown
+from difftsr.scores import STRENGTHS
 
 
 # %% [markdown]
+# | word | meaning |
+# |---|---|
+# | row | one restorer of the report: the input, ours, ours with other settings, somebody else's, the sharp line |
+# | run | all rows over all lines, then all judges over all results |
+# | cache | where every result and every score lies under the contents that it belongs to |
+#
 # ## The run
 #
 # First every restorer works through every line, alone, so that its memory is its own; then the judges come in. Nothing
@@ -136,7 +147,8 @@ class EvaluateConfig(RestorerConfig):
     compare: tuple[Path, Path] | None = None  # two reports (folders or report.json): B minus A
     demo: bool = False  # restore the sample lines and IMAGES, with a table and a gallery
     ablate: bool = False  # one row for every switch of a restoration; --set is data/eval/dev then
-    quick: bool = False  # ten texts, one judge, no x4plus: for a look, not for a report
+    texts: int | None = None  # so many texts of the set, evenly spread, with all their pictures; all of them
+    quick: bool = False  # ten texts, one judge, the quickest rows: for a look, not for a report
     output: Path | None = None  # folder of results; out/<name of the set>, out/demo
     judges: tuple[Literal["v6", "v4", "tesseract"], ...] = ()  # who reads; all that are installed
     baselines: tuple[str, ...] = ()  # other rows: NAME, difftsr:NAME=VALUE, folder:PATH or MODULE:FUNCTION
@@ -145,7 +157,9 @@ class EvaluateConfig(RestorerConfig):
         return data_folder() / "eval" / "dev" if self.set is None and self.ablate else super().set_folder()
 
 
-ROWS = ("input", "difftsr", BASELINE, NO_TEXT, "animevideov3", "x4plus", "released", "hr")
+ROWS = (
+    "input", "difftsr", GATE_OFF, PPOCR_READER, BASELINE, NO_TEXT, "animevideov3", "x4plus", "released", "hr",
+)  # fmt: skip
 
 
 def read_set(config: EvaluateConfig) -> tuple[list[LabelledLine], list[str]]:
@@ -154,6 +168,8 @@ def read_set(config: EvaluateConfig) -> tuple[list[LabelledLine], list[str]]:
     `ValueError` where there is no set, or no line in it.
     """
     folder = config.set_folder()
+    if config.texts is not None and config.texts < 1:
+        raise ValueError(f"--texts must be at least 1, not {config.texts}")
     if not (folder / "labels.tsv").is_file():
         raise ValueError(f"{folder}: no set of lines; a folder with labels.tsv (columns file and text) is needed")
     lines, refused = [], []
@@ -166,9 +182,10 @@ def read_set(config: EvaluateConfig) -> tuple[list[LabelledLine], list[str]]:
             print(f"difftsr.evaluate: left out: {error}", file=sys.stderr)
     if not lines:
         raise ValueError(f"{folder}: none of its pictures is a line that can be restored")
-    if config.quick:
+    if config.quick or config.texts is not None:
         texts = list(dict.fromkeys(line.text_id for line in lines))
-        chosen = {texts[i * len(texts) // min(10, len(texts))] for i in range(min(10, len(texts)))}
+        count = min(config.texts or 10, len(texts))
+        chosen = {texts[i * len(texts) // count] for i in range(count)}
         lines = [line for line in lines if line.text_id in chosen]
     return lines, refused
 
@@ -193,7 +210,7 @@ def choose_restorers(config: EvaluateConfig, lines: Sequence[LabelledLine]) -> l
     else:
         names = ["input", "difftsr", *config.baselines, "hr"] if config.baselines else list(ROWS)
     if config.quick and not config.baselines:
-        names = [name for name in names if name not in ("x4plus", BASELINE, NO_TEXT)]
+        names = [name for name in names if name in ("input", "difftsr", "animevideov3", "released", "hr")]
     if not any(line.sharp for line in lines):
         names = [name for name in names if name != "hr"]
     if not (config.set_folder() / "difftsr_synth_released_sr").is_dir() and "released" not in config.baselines:
@@ -219,7 +236,7 @@ def collect(
     A record holds one line of one restorer; a `ValueError` of a restorer costs that line alone and is said on stderr.
     """
     restorers = choose_restorers(config, lines)
-    folder = config.cache or cache_root()
+    folder = config.cache_folder()
     failed: set[tuple[str, str]] = set()
 
     def results(title: str) -> Iterator[tuple[Restorer, LabelledLine, Restored]]:
@@ -281,6 +298,8 @@ def evaluate(config: EvaluateConfig) -> dict:
         "labels": {name: label for label, name in ablations().items()} if config.ablate else {},
         "figures": rows, "gains": gains, "bars": judge_bars(rows, list(judges)), "lines": records,
     }  # fmt: skip
+    report["effects"] = effects(records, report["labels"], [n for n in names if n != "afd"]) if config.ablate else []
+    report["failures"] = failures(report)
     output = config.output or Path("out") / (report["set"] + ("-ablation" if config.ablate else ""))
     output.mkdir(parents=True, exist_ok=True)
     write_report(report, config, output)
@@ -296,6 +315,8 @@ def write_report(report: dict, config: EvaluateConfig, output: Path) -> None:
     plot_slices(report, output / "figures.png")
     if config.ablate:
         plot_ablation(report, output / "ablation.png")
+    if report["failures"]:
+        save_picture(failure_picture(report["failures"], config), output / "failures.jpg")
     names = sheets(report, config, output)
     write_atomically(output / "report.md", report_text(report, names).encode())
     write_json(output / "report.json", report)
@@ -311,6 +332,17 @@ def run_comparison(config: EvaluateConfig) -> None:
         config.output.mkdir(parents=True, exist_ok=True)
         write_atomically(config.output / "compare.md", text.encode())
         write_json(config.output / "compare.json", result)
+
+
+# %% [markdown]
+# Three texts of the samples, and what would run on them. A row or a judge whose package is missing is left out, and said,
+# unless you asked for it by name.
+
+# %%
+config = EvaluateConfig(set=str(data_folder() / "samples"), texts=3, baselines=("difftsr:do_no_harm=False",))
+chosen_lines, refused = read_set(config)
+print("lines:", ", ".join(line.truth for line in chosen_lines))
+print("rows: ", ", ".join(restorer.name for restorer in choose_restorers(config, chosen_lines)))
 
 
 # %% [markdown]
@@ -448,8 +480,10 @@ if __name__ == "__main__" and "__file__" in globals():
 # %% [markdown]
 # ## How good are the committed weights?
 #
-# `tests/bench_evaluate.py` keeps a whole report of the committed weights, without its lines, in
-# `data/benchmarks/evaluate.json`. Every row of it was measured on the same lines, in the same run.
+# `python -m difftsr.evaluate` measured them on `data/eval/test`, whose lines decided nothing: every choice was made on
+# `data/eval/dev`. `python tests/bench_evaluate.py out/test` keeps the report, without its lines, in
+# `data/benchmarks/evaluate.json`; every row was measured on the same lines, in the same run. Bars, plots and failures are
+# in lesson 14d.
 
 # %%
 stored = json.loads((data_folder() / "benchmarks" / "evaluate.json").read_text(encoding="utf-8"))
@@ -457,35 +491,20 @@ print(f"data/eval/{stored['set']}, {stored['line_count']} lines, {', '.join(stor
 print(table(*main_table(stored, interval=False)))
 
 # %% [markdown]
-# With their intervals, the figures that matter most. Then look where the intervals of two rows overlap: there, this set
-# cannot tell the two apart by their means, and only the differences line by line may.
+# The worse a line is damaged, the more there is to win, and to lose. By strength:
 
 # %%
-header, rows = main_table(stored)
-narrow = [0, *(place for place, name in enumerate(header) if name.startswith(("NED", "LPIPS", "PSNR ")))]
-print(table([header[i] for i in narrow], [[row[i] for i in narrow] for row in rows]))
+for strength in STRENGTHS:
+    header, rows = main_table(stored, strength, kind="strength", interval=False)
+    shown = [place for place, name in enumerate(header) if place == 0 or name.startswith(("NED", "LPIPS", "PSNR "))]
+    print(table([strength, *(header[i] for i in shown[1:])], [[row[i] for i in shown] for row in rows]), end="\n\n")
 
 # %% [markdown]
-# Our restorations against their inputs, line by line and by strength:
+# And all of it with intervals. Where those of two rows overlap, this set cannot tell the two apart by their means; only
+# the differences line by line may (lesson 14d).
 
 # %%
-header, rows = gain_table(stored["gains"], list(stored["judges"]))
-narrow = [0, *(place for place, name in enumerate(header) if name.startswith(("NED", "LPIPS")))]
-print(table([header[i] for i in narrow], [[row[i] for i in narrow] for row in rows]))
-
-# %%
-plot_slices(stored, Path("figures.png"))
-plt.figure(figsize=(11, 8))
-plt.imshow(Image.open("figures.png"))
-plt.axis("off")
-plt.show()
-Path("figures.png").unlink()
-
-# %% [markdown]
-# And the bars, met or not:
-
-# %%
-print(table(*bar_table(stored)))
+Markdown(markdown(*main_table(stored)))
 
 # %% [markdown]
 # ## Summary

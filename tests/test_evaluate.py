@@ -16,7 +16,7 @@ from PIL import Image
 from scipy import linalg
 
 from difftsr import ablations, scores
-from difftsr.evaluate import DemoRow, EvaluateConfig, demo_lines, evaluate, main, mean_scores
+from difftsr.evaluate import DemoRow, EvaluateConfig, demo_lines, evaluate, main, mean_scores, read_set
 from difftsr.measures import (
     PPOCR,
     accuracy,
@@ -36,7 +36,7 @@ from difftsr.measures import (
     window_features,
 )
 from difftsr.model import DiffTSR, preset
-from difftsr.report import columns, compare, table
+from difftsr.report import columns, compare, failure_table, failures, table
 from difftsr.restorers import LabelledLine, Restorer, fingerprint, labelled, make_restorer, parsed, slices
 from difftsr.scores import PSNR_TOP, Bar, band, figures, metrics
 
@@ -322,7 +322,7 @@ def test_hr_beats_the_input_and_the_input_beats_noise_on_every_measure(report):
 
 def test_the_files_of_a_report(place, report):
     files = {path.name for path in (place / "out").iterdir()}
-    assert files == {"report.md", "report.json", "figures.png", "sheet-01.jpg"}
+    assert files - {"failures.jpg"} == {"report.md", "report.json", "figures.png", "sheet-01.jpg"}
     text = (place / "out" / "report.md").read_text(encoding="utf-8")
     assert report["left_out"] == ["tall.png"]
     headings = "| restorer |", "## Bars", "**not met**", "**hard**", "**Chinese**"
@@ -409,13 +409,46 @@ def test_an_ablation_has_a_row_for_every_switch(place, report, monkeypatch):
     monkeypatch.setattr(ablations, "ABLATIONS", few)
     result = evaluate(settings(place, ablate=True, baselines=(), output=place / "ablation"))
     assert result["restorers"] == ["input", "difftsr", "difftsr:mode=baseline", "difftsr:text=truth", "hr"]
-    assert (place / "ablation" / "ablation.png").exists()
-    assert "| true text |" in (place / "ablation" / "report.md").read_text(encoding="utf-8")
+    assert Image.open(place / "ablation" / "ablation.png").width > 600
+    assert {row["slice"] for row in result["effects"]} == {"input", "baseline", "true text"}
+    text = (place / "ablation" / "report.md").read_text(encoding="utf-8")
+    assert text.count("| true text |") >= 2 and "(ablation.png)" in text
+
+
+def test_effects_are_differences_to_our_first_row():
+    base = {"slices": {"all": "all"}, "truth": "a"}
+    scores_of = {"input": [0.1, 0.9], "difftsr": [0.5, 0.7], "difftsr:steps=4": [0.6, 0.9], "hr": [1, 1]}
+    records = [
+        base | {"restorer": name, "file": str(n), "text_id": str(n), "ned_v6": value}
+        for name, values in scores_of.items() for n, value in enumerate(values)
+    ]  # fmt: skip
+    rows = ablations.effects(records, {"difftsr:steps=4": "4 steps"}, ["ned_v6"])
+    found = {row["slice"]: (row["mean"], row["low"], row["high"], row["lines"]) for row in rows}
+    assert found == {"input": pytest.approx((-0.1, -0.4, 0.2, 2)), "4 steps": pytest.approx((0.15, 0.1, 0.2, 2))}
+
+
+def test_failures_are_the_lines_that_were_read_better_before():
+    def record(name: str, file: str, score: float, reading: str) -> dict:
+        return {"restorer": name, "file": file, "truth": "停车", "ned_v6": score, "reading_v6": reading}
+
+    lines = [record("input", file, score, "停车") for file, score in (("a", 1.0), ("b", 1.0), ("c", 0.0), ("d", 1.0))]
+    lines += [record("difftsr", file, score, "停") for file, score in (("a", 0.5), ("b", 0.0), ("c", 0.5), ("d", 1.0))]
+    lines += [{"restorer": "difftsr", "file": "e", "truth": "龘"}]  # nobody was asked
+    found = failures({"judges": {"v6": "PP-OCRv6"}, "lines": lines})
+    assert [(row["file"], row["harm"]) for row in found] == [("b", 1), ("a", 0.5)]
+    assert found[0]["input"] == "停车" and found[0]["difftsr"] == "停" and found[0]["hr"] is None
+    assert [row[0] for row in failure_table(found)[1]] == ["b", "a"]
+
+
+def test_some_texts_of_a_set_come_with_all_their_pictures(place):
+    for texts, expected in ((1, {"01"}), (2, {"01", "05"}), (9, {"01", "05", "09"})):
+        lines, _ = read_set(settings(place, texts=texts))
+        assert {line.text_id for line in lines} == expected and len(lines) == 2 * len(expected)
 
 
 def test_real_ablation_rows_name_switches_that_exist():
     rows = ablations.ablations()
-    assert {"as it comes", "1 step", "seed 1", "no text", "baseline", "true text", "from noised LR, .5"} <= set(rows)
+    assert len(rows) == len(ablations.ABLATIONS), "a row names a switch that a restoration does not have"
     for spec in rows.values():
         parsed(spec.partition(":")[2])
 
@@ -425,6 +458,7 @@ def test_real_ablation_rows_name_switches_that_exist():
     [
         (["--set", "nowhere"], "no set of lines"),
         (["photo.png"], "--set"),
+        (["--set", "SET", "--texts", "0"], "at least 1"),
         (["--compare", "nowhere", "nowhere"], "no report"),
         (["--set", "SET", "--baselines", "magic"], "no such restorer"),
         (["--set", "SET", "--baselines", "difftsr:speed=9"], "no setting of a restoration"),
