@@ -156,6 +156,8 @@ class PPOCR:
     package where it is missing.
     """
 
+    threads = ("intra_op_num_threads", "inter_op_num_threads")  # one each: more only wait for each other on one line
+
     def __init__(self, version: Literal["v4", "v6"] = "v6"):
         self.name = f"PP-OCR{version}"
         self.package = {"v6": "rapidocr", "v4": "rapidocr-onnxruntime"}[version]
@@ -163,11 +165,12 @@ class PPOCR:
             if version == "v6":
                 from rapidocr import RapidOCR
 
-                self.engine = RapidOCR(params={"Global.log_level": "critical"})
+                threads = {f"EngineConfig.onnxruntime.{name}": 1 for name in self.threads}
+                self.engine = RapidOCR(params={"Global.log_level": "critical", **threads})
             else:
                 from rapidocr_onnxruntime import RapidOCR
 
-                self.engine = RapidOCR()
+                self.engine = RapidOCR(**{name: 1 for name in self.threads})
         except ImportError as error:
             raise ImportError(f"the judge {self.name} needs {self.package}: pip install {self.package}") from error
         self.version = f"{self.package} {installed_version(self.package)}"

@@ -79,11 +79,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from difftsr.evaluate import LabelledLine, labelled, machine, pixel_scores, reading_scores
+from difftsr.evaluate import machine
 from difftsr.measures import JUDGES, Judge
 from difftsr.model import DiffTSR, preset
 from difftsr.recognizer import Reading
 from difftsr.restore import line_to_canvas, restore, restore_batch
+from difftsr.restorers import LabelledLine, labelled
+from difftsr.scores import pixel_scores, reading_scores
 from difftsr.text_lines import data_folder, write_atomically, write_json, written_whole
 from difftsr.train import TrainConfig, train
 
@@ -685,7 +687,146 @@ if __name__ == "__main__" and "__file__" in globals():
 # * Nearness to the 200-step result is not quality. Measure against the truth.
 # * Eight bits make files of matrices four times smaller; whether they make them faster is a question for a clock.
 # * Three graphs and ten lines of numpy restore without torch.
+
+# %% [markdown]
+# ## Exercises
 #
+# The same tasks without solutions: [exercises/16_faster.ipynb](../exercises/16_faster.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import numpy as np
+import torch
+
+from difftsr.exercises import check, near
+
+
+# %% [markdown]
+# ### 1 · What can you afford? · ●○○ easy
+#
+# Once a line costs `once` seconds, and `step` seconds for every step. How many steps fit into a budget? And if an upload of a line takes `waiting` seconds during which nothing can be computed, how many lines does a batch need so that computing, not waiting, takes at least half of the time?
+#
+# <details><summary>Hint</summary>
+#
+# Both are straight lines, and both answers are whole numbers: one is rounded down, the other up. A budget may be too small for any step.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def affordable(budget: float, once: float, step: float) -> int:
+    """The largest number of steps, at least 0, whose line costs no more than `budget` seconds."""
+    ### BEGIN SOLUTION
+    ### STUB: return round(budget / step)
+    return max(0, int((budget - once) / step + 1e-9))
+    ### END SOLUTION
+
+
+def batch_size(waiting: float, line: float) -> int:
+    """The fewest lines, at least 1, that take `line` seconds each and together at least as long as the wait."""
+    ### BEGIN SOLUTION
+    ### STUB: return int(waiting / line)
+    return max(1, int(np.ceil(waiting / line - 1e-9)))
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check({
+    "a line of 1.0 s with 0.2 s once and 0.1 s a step has 8 of them": lambda: affordable(1.0, 0.2, 0.1) == 8,
+    "half a step is no step": lambda: affordable(0.99, 0.2, 0.1) == 7,
+    "there is no negative number of steps": lambda: affordable(0.1, 0.2, 0.1) == 0,
+    "three lines of 0.4 s are not enough for a wait of 1.3 s": lambda: batch_size(1.3, 0.4) == 4,
+    "a batch holds at least one line": lambda: batch_size(0.0, 0.4) == 1,
+})
+
+
+# %% [markdown]
+# ### 2 · Eight bits, four, two · ●●○ medium
+#
+# Round a matrix to signed whole numbers of `bits` bits, one scale for each row (section 5 does it for 8), and give back the rounded matrix as floats. A row of zeros must stay zeros. Then predict, before you run the check: by what factor does the error grow when one bit is taken away?
+#
+# <details><summary>Hint</summary>
+#
+# With b bits the largest number is $2^{b-1} - 1$. Dividing by a scale of zero gives no number; `clamp` the scale.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def rounded_to(w: torch.Tensor, bits: int) -> torch.Tensor:
+    """w (n, m) rounded to signed `bits`-bit numbers times one scale a row, as float32."""
+    ### BEGIN SOLUTION
+    ### STUB: return w.round()
+    top = 2 ** (bits - 1) - 1
+    scale = (w.abs().amax(1, keepdim=True) / top).clamp(min=1e-12)
+    return (w / scale).round() * scale
+    ### END SOLUTION
+
+
+def growth() -> float:
+    """By what factor the mean absolute error grows, about, from b bits to b - 1 (for b = 8)."""
+    ### BEGIN SOLUTION
+    ### STUB: return 1.0
+    return 2.0
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+w = torch.randn(20, 300, generator=torch.Generator().manual_seed(0))
+w[3], w[4] = 0, w[4] * 100
+errors = {bits: (rounded_to(w, bits) - w).abs().mean() for bits in (7, 8)}
+check({
+    "a row of zeros is no longer zero": lambda: near(rounded_to(w, 8)[3], torch.zeros(300)),
+    "no number may move further than half a step of its own row": lambda: bool(
+        ((rounded_to(w, 8) - w).abs() <= w.abs().amax(1, keepdim=True) / 254 + 1e-6).all()),
+    "a row holds more different numbers than 4 bits have": lambda: rounded_to(w, 4)[0].unique().numel() <= 15,
+    "the error does not grow as you predicted": lambda: near(errors[7] / errors[8], growth(), 0.1),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · The order of a solver · ●●● hard
+#
+# A solver of order $p$ has an error $e(S) \approx C\, S^{-p}$. On double logarithmic paper that is a straight line, and its slope is what you want: fit it by least squares. Then write one step of Heun's method for $z' = f(z)$: an Euler step, and another with the mean of the slopes at both ends.
+#
+# <details><summary>Hint</summary>
+#
+# `np.polyfit(np.log(steps), np.log(errors), 1)` gives slope and intercept.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def order(steps: list[int], errors: list[float]) -> float:
+    """The p of errors that fall like S ** -p."""
+    ### BEGIN SOLUTION
+    ### STUB: return 1.0
+    return float(-np.polyfit(np.log(steps), np.log(errors), 1)[0])
+    ### END SOLUTION
+
+
+def heun(f, z: float, h: float) -> float:
+    """z after a step of length h along z' = f(z), to second order."""
+    ### BEGIN SOLUTION
+    ### STUB: return z + h * f(z)
+    ahead = z + h * f(z)
+    return z + h * (f(z) + f(ahead)) / 2
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+def error(step, S):
+    z = 1.0
+    for _ in range(S):
+        z = step(lambda v: -v, z, 1 / S)
+    return abs(z - np.exp(-1))
+
+
+counts = [8, 16, 32, 64]
+check({
+    "errors 1, 1/4, 1/16 at 1, 2, 4 steps are of second order": lambda: near(order([1, 2, 4], [1, 1 / 4, 1 / 16]), 2.0),
+    "a constant factor must not change the order": lambda: near(order([1, 2, 4], [5, 5 / 8, 5 / 64]), 3.0),
+    "Euler's order is one": lambda: near(order(counts, [error(lambda f, z, h: z + h * f(z), S) for S in counts]), 1, 0.1),
+    "your step is not of second order": lambda: near(order(counts, [error(heun, S) for S in counts]), 2.0, 0.1),
+})
+
+# %% [markdown]
 # ## Where to go next
 #
 # This was the last lesson. Change one idea, train it (13), measure it (14), and tell us.

@@ -15,27 +15,8 @@ import pytest
 from PIL import Image
 from scipy import linalg
 
-from difftsr import evaluate as ev
-from difftsr.evaluate import (
-    Bar,
-    DemoRow,
-    EvaluateConfig,
-    LabelledLine,
-    Restorer,
-    band,
-    columns,
-    compare,
-    demo_lines,
-    evaluate,
-    figures,
-    labelled,
-    main,
-    mean_scores,
-    metrics,
-    parsed,
-    slices,
-    table,
-)
+from difftsr import ablations, scores
+from difftsr.evaluate import DemoRow, EvaluateConfig, demo_lines, evaluate, main, mean_scores, read_set
 from difftsr.measures import (
     PPOCR,
     accuracy,
@@ -55,6 +36,9 @@ from difftsr.measures import (
     window_features,
 )
 from difftsr.model import DiffTSR, preset
+from difftsr.report import columns, compare, failure_table, failures, table
+from difftsr.restorers import LabelledLine, Restorer, fingerprint, labelled, make_restorer, parsed, slices
+from difftsr.scores import PSNR_TOP, Bar, band, figures, metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT / "data" / "samples"
@@ -283,7 +267,7 @@ def place(tmp_path_factory):
         "import time\n"
         "import numpy as np\n"
         "from PIL import Image\n"
-        "from difftsr.evaluate import Restorer\n\n\n"
+        "from difftsr.restorers import Restorer\n\n\n"
         "def noise(config):\n"
         "    def run(line):\n"
         "        open('calls.txt', 'a').write(line.name + '\\n')\n"
@@ -333,12 +317,12 @@ def test_hr_beats_the_input_and_the_input_beats_noise_on_every_measure(report):
         row = means["input", name]
         assert row["low"] <= row["mean"] <= row["high"] and row["lines"] == 6
     assert means["hr", "ned_v6"]["mean"] == 1 and means["hr", "lpips"]["mean"] == 0
-    assert means["hr", "afd"]["mean"] == pytest.approx(0, abs=1e-6) and means["hr", "psnr"]["mean"] == ev.PSNR_TOP
+    assert means["hr", "afd"]["mean"] == pytest.approx(0, abs=1e-6) and means["hr", "psnr"]["mean"] == PSNR_TOP
 
 
 def test_the_files_of_a_report(place, report):
     files = {path.name for path in (place / "out").iterdir()}
-    assert files == {"report.md", "report.json", "figures.png", "sheet-01.jpg"}
+    assert files - {"failures.jpg"} == {"report.md", "report.json", "figures.png", "sheet-01.jpg"}
     text = (place / "out" / "report.md").read_text(encoding="utf-8")
     assert report["left_out"] == ["tall.png"]
     headings = "| restorer |", "## Bars", "**not met**", "**hard**", "**Chinese**"
@@ -357,7 +341,7 @@ def test_what_is_in_the_cache_is_neither_restored_nor_measured_again(place, repo
     calls = (place / "calls.txt").read_text(encoding="utf-8").split()
     assert sorted(calls) == sorted({record["file"] for record in report["lines"]})
     monkeypatch.chdir(place)
-    monkeypatch.setattr(ev, "lpips", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(scores, "lpips", lambda *_: pytest.fail("measured again"))
     again = evaluate(settings(place, output=place / "again"))
     assert again == report
     assert (place / "calls.txt").read_text(encoding="utf-8").split() == calls
@@ -422,16 +406,49 @@ def test_the_comparison_is_printed_and_written(place, report, tmp_path, capsys):
 def test_an_ablation_has_a_row_for_every_switch(place, report, monkeypatch):
     monkeypatch.chdir(place)
     few = {"as it comes": "", "baseline": "mode=baseline", "true text": "text=truth", "later": "no_such_switch=1"}
-    monkeypatch.setattr(ev, "ABLATIONS", few)
+    monkeypatch.setattr(ablations, "ABLATIONS", few)
     result = evaluate(settings(place, ablate=True, baselines=(), output=place / "ablation"))
     assert result["restorers"] == ["input", "difftsr", "difftsr:mode=baseline", "difftsr:text=truth", "hr"]
-    assert (place / "ablation" / "ablation.png").exists()
-    assert "| true text |" in (place / "ablation" / "report.md").read_text(encoding="utf-8")
+    assert Image.open(place / "ablation" / "ablation.png").width > 600
+    assert {row["slice"] for row in result["effects"]} == {"input", "baseline", "true text"}
+    text = (place / "ablation" / "report.md").read_text(encoding="utf-8")
+    assert text.count("| true text |") >= 2 and "(ablation.png)" in text
+
+
+def test_effects_are_differences_to_our_first_row():
+    base = {"slices": {"all": "all"}, "truth": "a"}
+    scores_of = {"input": [0.1, 0.9], "difftsr": [0.5, 0.7], "difftsr:steps=4": [0.6, 0.9], "hr": [1, 1]}
+    records = [
+        base | {"restorer": name, "file": str(n), "text_id": str(n), "ned_v6": value}
+        for name, values in scores_of.items() for n, value in enumerate(values)
+    ]  # fmt: skip
+    rows = ablations.effects(records, {"difftsr:steps=4": "4 steps"}, ["ned_v6"])
+    found = {row["slice"]: (row["mean"], row["low"], row["high"], row["lines"]) for row in rows}
+    assert found == {"input": pytest.approx((-0.1, -0.4, 0.2, 2)), "4 steps": pytest.approx((0.15, 0.1, 0.2, 2))}
+
+
+def test_failures_are_the_lines_that_were_read_better_before():
+    def record(name: str, file: str, score: float, reading: str) -> dict:
+        return {"restorer": name, "file": file, "truth": "停车", "ned_v6": score, "reading_v6": reading}
+
+    lines = [record("input", file, score, "停车") for file, score in (("a", 1.0), ("b", 1.0), ("c", 0.0), ("d", 1.0))]
+    lines += [record("difftsr", file, score, "停") for file, score in (("a", 0.5), ("b", 0.0), ("c", 0.5), ("d", 1.0))]
+    lines += [{"restorer": "difftsr", "file": "e", "truth": "龘"}]  # nobody was asked
+    found = failures({"judges": {"v6": "PP-OCRv6"}, "lines": lines})
+    assert [(row["file"], row["harm"]) for row in found] == [("b", 1), ("a", 0.5)]
+    assert found[0]["input"] == "停车" and found[0]["difftsr"] == "停" and found[0]["hr"] is None
+    assert [row[0] for row in failure_table(found)[1]] == ["b", "a"]
+
+
+def test_some_texts_of_a_set_come_with_all_their_pictures(place):
+    for texts, expected in ((1, {"01"}), (2, {"01", "05"}), (9, {"01", "05", "09"})):
+        lines, _ = read_set(settings(place, texts=texts))
+        assert {line.text_id for line in lines} == expected and len(lines) == 2 * len(expected)
 
 
 def test_real_ablation_rows_name_switches_that_exist():
-    rows = ev.ablations()
-    assert {"as it comes", "1 step", "seed 1", "no text", "baseline", "true text", "from noised LR, .5"} <= set(rows)
+    rows = ablations.ablations()
+    assert len(rows) == len(ablations.ABLATIONS), "a row names a switch that a restoration does not have"
     for spec in rows.values():
         parsed(spec.partition(":")[2])
 
@@ -441,6 +458,7 @@ def test_real_ablation_rows_name_switches_that_exist():
     [
         (["--set", "nowhere"], "no set of lines"),
         (["photo.png"], "--set"),
+        (["--set", "SET", "--texts", "0"], "at least 1"),
         (["--compare", "nowhere", "nowhere"], "no report"),
         (["--set", "SET", "--baselines", "magic"], "no such restorer"),
         (["--set", "SET", "--baselines", "difftsr:speed=9"], "no setting of a restoration"),
@@ -459,7 +477,7 @@ def test_what_is_wrong_is_said_in_one_line(arguments, words, place, capsys):
 
 def test_a_folder_of_results_is_a_restorer_and_may_lack_lines(tmp_path):
     Image.new("RGB", (80, 20), "red").save(tmp_path / "01.jpg")
-    restorer = ev.make_restorer(f"folder:{tmp_path}", EvaluateConfig())
+    restorer = make_restorer(f"folder:{tmp_path}", EvaluateConfig())
     one, two = (restorer.run(LabelledLine(Path("x"), name=name)) for name in ("sub/01.webp", "02.webp"))
     assert one.size == (80, 20) and two is None
 
@@ -467,10 +485,10 @@ def test_a_folder_of_results_is_a_restorer_and_may_lack_lines(tmp_path):
 def test_other_weights_settings_and_inputs_have_other_fingerprints(place):
     config = settings(place)
     makers = ["difftsr", "difftsr:seed=1", "difftsr:mode=baseline"]
-    assert len({ev.make_restorer(name, config).identity for name in makers}) == 3
-    assert len({ev.fingerprint(*parts) for parts in (("a", "bc"), ("ab", "c"), (b"abc",), (None, "abc"))}) == 4
+    assert len({make_restorer(name, config).identity for name in makers}) == 3
+    assert len({fingerprint(*parts) for parts in (("a", "bc"), ("ab", "c"), (b"abc",), (None, "abc"))}) == 4
     zeros = np.zeros((2, 3), np.uint8)
-    assert ev.fingerprint(zeros) != ev.fingerprint(zeros.reshape(3, 2))
+    assert fingerprint(zeros) != fingerprint(zeros.reshape(3, 2))
 
 
 @pytest.mark.parametrize(
@@ -522,7 +540,7 @@ def test_the_published_inputs_and_outputs_read_as_recorded():
     judge, config = PPOCR("v4"), EvaluateConfig(set=f"{reference}/real_lines")
     lines = [line for line in labelled(config.set_folder()) if line.name.startswith("difftsr_synth_lr/")]
     for name, expected in (("input", 0.855), ("released", 0.975)):
-        restorer: Restorer = ev.make_restorer(name, config)
+        restorer: Restorer = make_restorer(name, config)
         scores = [ned(judge(np.asarray(restorer.run(line)))[0], line.truth) for line in lines]
         assert len(scores) == 10 and np.mean(scores) == pytest.approx(expected, abs=6e-4)
 
@@ -531,7 +549,7 @@ def test_real_esrgan_keeps_a_flat_picture_flat(tmp_path):
     pytest.importorskip("ncnn", reason="ncnn is not installed (extra: baselines)")
     Image.new("RGB", (24, 16), (200, 60, 20)).save(tmp_path / "flat.png")
     try:
-        restorer = ev.make_restorer("animevideov3", EvaluateConfig())
+        restorer = make_restorer("animevideov3", EvaluateConfig())
     except ImportError as error:
         pytest.skip(str(error))
     image = np.asarray(restorer.run(LabelledLine(tmp_path / "flat.png")))

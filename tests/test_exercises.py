@@ -19,7 +19,7 @@ from nbformat import NotebookNode
 import maintain
 
 ROOT = Path(__file__).resolve().parents[1]
-LESSONS = [name for name in maintain.lessons() if not name.startswith("00")]
+LESSONS = [name for name in maintain.lessons() if maintain.exercise_notebook(name)]
 HEADING = re.compile(r"### \d+ · \S.* · (●○○ easy|●●○ medium|●●● hard)\n")
 NONSENSE = [None, "7", 7.5, torch.zeros(7, 1, 2), np.full((2, 5), np.nan), [], {}]
 
@@ -62,6 +62,10 @@ def names_of(solution: str) -> list[str]:
 
 
 # ---------------------------------------------------------------- every lesson
+
+
+def test_every_number_has_tasks() -> None:
+    assert {name[:2] for name in LESSONS} == {name[:2] for name in maintain.lessons()} - {"00"}
 
 
 @pytest.mark.parametrize("name", LESSONS)

