@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from .evaluate import LabelledLine, labelled, machine, pixel_scores, reading_scores
+from .evaluate import machine
 from .measures import JUDGES, Judge
 from .model import DiffTSR, preset
 from .recognizer import Reading
 from .restore import line_to_canvas, restore, restore_batch
+from .restorers import LabelledLine, labelled
+from .scores import pixel_scores, reading_scores
 from .text_lines import data_folder, write_atomically, write_json, written_whole
 from .train import TrainConfig, train
 
