@@ -96,6 +96,9 @@ from PIL import Image, ImageDraw, ImageFont
 # %%
 import matplotlib
 import matplotlib.pyplot as plt
+from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
 
 
 # %% [markdown]

@@ -120,8 +120,11 @@ import tempfile
 
 import lmdb
 import matplotlib.pyplot as plt
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from difftsr.text_lines import is_reserved, package_font_folders
+
+set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
 
 # %% [markdown]
 # ## 1. One record

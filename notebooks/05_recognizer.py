@@ -81,6 +81,7 @@ from types import SimpleNamespace
 import cv2
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
@@ -88,6 +89,8 @@ from difftsr.text_lines import LineRenderer, data_folder, find_fonts, glyph_bitm
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 plt.rcParams.update({"figure.dpi": 80, "font.size": 9, "image.cmap": "gray"})
+
+set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
 
 # %% [markdown]
 # | symbol | in the code | meaning |

@@ -81,6 +81,7 @@ from difftsr.unet import CrossAttention, UNet, UNetConfig
 # %%
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from difftsr.degradation import to_canvas
 from difftsr.recognizer import RecognizerConfig, TransOCR
@@ -88,6 +89,8 @@ from difftsr.text_lines import LineRenderer, PhraseSampler, find_fonts, glyph_bi
 
 torch.manual_seed(0)
 plt.rcParams.update({"figure.dpi": 80})
+
+set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
 
 
 # %% [markdown]

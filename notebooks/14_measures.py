@@ -81,11 +81,14 @@ from difftsr.vae import LPIPS
 
 # %%
 import matplotlib.pyplot as plt
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 from PIL import ImageFilter, ImageOps
 
 from difftsr.model import DiffTSR
 from difftsr.restore import line_to_canvas
 from difftsr.text_lines import LineRenderer, find_fonts
+
+set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
 
 
 # %% [markdown]

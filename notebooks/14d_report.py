@@ -79,8 +79,11 @@ from difftsr.text_lines import find_fonts, write_atomically
 # %%
 import matplotlib.pyplot as plt
 from IPython.display import Markdown
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from difftsr.text_lines import data_folder
+
+set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
 
 
 # %% [markdown]

@@ -822,9 +822,10 @@ counts = [8, 16, 32, 64]
 check({
     "errors 1, 1/4, 1/16 at 1, 2, 4 steps are of second order": lambda: near(order([1, 2, 4], [1, 1 / 4, 1 / 16]), 2.0),
     "a constant factor must not change the order": lambda: near(order([1, 2, 4], [5, 5 / 8, 5 / 64]), 3.0),
-    "Euler's order is one": lambda: near(order(counts, [error(lambda f, z, h: z + h * f(z), S) for S in counts]), 1, 0.1),
+    "Euler's order is one": lambda: near(
+        order(counts, [error(lambda f, z, h: z + h * f(z), S) for S in counts]), 1.0, 0.1),
     "your step is not of second order": lambda: near(order(counts, [error(heun, S) for S in counts]), 2.0, 0.1),
-})
+})  # fmt: skip
 
 # %% [markdown]
 # ## Where to go next
