@@ -76,7 +76,8 @@ import torch
 #
 # In a lesson each solution is there, folded away: click it open when you want to compare. The folder `exercises/` has
 # the same tasks *without* solutions, one notebook for each lesson: work there. Every notebook runs from top to bottom
-# as it is, because where your code will stand there is something that runs and is wrong.
+# as it is, because where your code will stand there is something that runs and is wrong. Keep your answers in a
+# copy of the notebook if you also change lessons: `make exercises` writes that folder anew.
 #
 # A task needs none of the lesson's variables. You can do it on paper first, on a train, or a week later.
 #
