@@ -66,7 +66,7 @@ import torch
 # %% [markdown]
 # ## 1. Where the tasks are
 #
-# From lesson 01 on, every lesson ends with three or four tasks. Each says how hard it is:
+# From lesson 01 on, the lessons end with three to five tasks. Each says how hard it is:
 #
 # | mark | what it asks |
 # | --- | --- |

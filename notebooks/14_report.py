@@ -1590,135 +1590,13 @@ print(table(*bar_table(stored)))
 # - Results are kept by content, so a run that was killed goes on, and nothing is restored or measured twice.
 # - Every figure has an interval, drawn by texts; two results are compared by their differences on the same lines.
 # - A report says which bars were met, and shows its worst line first.
-
-# %% [markdown]
+#
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/14_report.ipynb](../exercises/14_report.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
-
-# %%
-import hashlib
-
-import numpy as np
-
-from difftsr.exercises import check, near
-from difftsr.measures import bootstrap
-
-
-# %% [markdown]
-# ### 1 · The same lines · ●○○ easy
+# 1. Add a restorer of your own to the table and give it to `--baselines`. Does it beat doing nothing?
+# 2. Run `--ablate --quick`. Which rows differ from "as it comes" by more than their intervals?
+# 3. Compare two reports of different seeds. How large are the differences that mean nothing?
 #
-# Two restorers were measured on the same lines. Their means differ by .01, and both intervals are .05 wide. Is that difference noise? Compare the *differences* of the same lines: return their mean and their interval, drawn by texts.
-#
-# <details><summary>Hint</summary>
-#
-# `bootstrap(values, clusters)` gives mean, low and high of anything.
-#
-# </details>
-
-# %% tags=["solution", "hide-input"]
-def gain(a: np.ndarray, b: np.ndarray, texts: list[str]) -> tuple[float, float, float]:
-    """Mean of b - a (n,), and the limits of its interval."""
-    ### BEGIN SOLUTION
-    ### STUB: return float(np.mean(b) - np.mean(a)), -1.0, 1.0
-    return bootstrap(b - a, texts)
-    ### END SOLUTION
-
-
-# %% tags=["check"]
-rng = np.random.default_rng(0)
-texts = [str(i // 4) for i in range(160)]
-a = np.repeat(0.8 + 0.15 * rng.normal(size=40), 4)  # hard texts and easy ones
-b = a + 0.01 + 0.005 * rng.normal(size=160)
-check({
-    "the mean difference is wrong": lambda: near(gain(a, b, texts)[0], np.mean(b - a)),
-    "the mean should lie inside its interval": lambda: gain(a, b, texts)[1] < np.mean(b - a) < gain(a, b, texts)[2],
-    "on the same lines this gain is beyond doubt": lambda: gain(a, b, texts)[1] > 0.005,
-    "exchanging the two should change the sign": lambda: near(gain(b, a, texts)[0], -np.mean(b - a)),
-    "four equal copies of a text are not four witnesses": lambda: near(
-        np.ptp(gain(0 * a, np.repeat(a[::4], 4), texts)[1:]), np.ptp(bootstrap(a[::4])[1:]), 1e-3),
-})  # fmt: skip
-
-
-# %% [markdown]
-# ### 2 · A name made of content · ●●○ medium
-#
-# Results are kept under a name that says what they belong to: the picture and the settings. Make one that changes when any pixel or setting does, and does not when settings are merely written in another order. Beware: (2, 3) pixels are not (3, 2) pixels.
-#
-# <details><summary>Hint</summary>
-#
-# `hashlib.sha256` takes bytes and can be updated: shape, type, `tobytes()`, and `repr(sorted(settings.items()))`.
-#
-# </details>
-
-# %% tags=["solution", "hide-input"]
-def name_of(image: np.ndarray, settings: dict) -> str:
-    """A hexadecimal name."""
-    ### BEGIN SOLUTION
-    ### STUB: return str(image.sum())
-    parts = repr((image.shape, str(image.dtype), sorted(settings.items()))).encode()
-    return hashlib.sha256(parts + image.tobytes()).hexdigest()
-    ### END SOLUTION
-
-
-# %% tags=["check"]
-picture = np.arange(6, dtype=np.uint8).reshape(2, 3)
-check({
-    "the same content should have the same name": lambda: name_of(picture, {"steps": 4, "seed": 0})
-    == name_of(picture.copy(), {"seed": 0, "steps": 4}),
-    "two exchanged pixels should change it": lambda: name_of(picture, {}) != name_of(picture[:, ::-1], {}),
-    "another setting should change it": lambda: name_of(picture, {"steps": 4}) != name_of(picture, {"steps": 5}),
-    "another shape of the same bytes should change it": lambda: name_of(picture, {})
-    != name_of(picture.reshape(3, 2), {}),
-})  # fmt: skip
-
-
-# %% [markdown]
-# ### 3 · Twenty ways to be lucky · ●●● hard
-#
-# A table compares twenty ablations with the default. Suppose that *none* of them changes anything. How probable is at least one 95 % interval that excludes zero? Predict by a formula, for independent comparisons. Then find the level (as a share, .95 so far) at which all twenty together are wrong only once in twenty tables.
-#
-# <details><summary>Hint</summary>
-#
-# All $n$ intervals contain zero with probability $.95^n$. Solve $x^n = .95$.
-#
-# </details>
-
-# %% tags=["solution", "hide-input"]
-def some_luck(n: int, level: float = 0.95) -> float:
-    """Probability that at least one of n intervals excludes a zero that is true."""
-    ### BEGIN SOLUTION
-    ### STUB: return 1 - level
-    return 1 - level**n
-    ### END SOLUTION
-
-
-def level_for(n: int, wanted: float = 0.95) -> float:
-    """The level of each interval with which all n contain zero with probability `wanted`."""
-    ### BEGIN SOLUTION
-    ### STUB: return wanted
-    return wanted ** (1 / n)
-    ### END SOLUTION
-
-
-# %% tags=["check"]
-tables = np.abs(np.random.default_rng(1).normal(size=(20_000, 20))) > 1.96  # 20 comparisons of nothing with nothing
-check({
-    "a single comparison is wrong once in twenty": lambda: near(some_luck(1), 0.05),
-    "more comparisons should be luckier": lambda: some_luck(2) < some_luck(5) < some_luck(20) < 1,
-    "20,000 simulated tables say something else": lambda: near(some_luck(20), tables.any(axis=1).mean(), 0.01),
-    "with your level twenty comparisons are not right in 95 of 100 tables": lambda: near(
-        some_luck(20, level_for(20)), 0.05, 1e-6),
-})  # fmt: skip
-
-# %% [markdown]
-# ### Questions to think about
-#
-# - Add a restorer of your own to the table and give it to `--baselines`. Does it beat doing nothing?
-# - Run `--ablate --quick`. Which rows differ from "as it comes" by more than their intervals, and what does exercise 3 say about that?
-# - Compare two reports of different seeds. How large are the differences that mean nothing?
-
-# %% [markdown]
 # ## Where to go next
 #
 # Lesson 13 shows how weights are made; come back here to see whether new ones are better, with `--compare`.
