@@ -70,7 +70,7 @@ import torch
 # %% [markdown]
 # ## 1. Where the tasks are
 #
-# From lesson 01 on, every lesson ends with three or four tasks. Each says how hard it is:
+# From lesson 01 on, the lessons end with three to five tasks. Each says how hard it is:
 #
 # | mark | what it asks |
 # | --- | --- |
@@ -80,7 +80,8 @@ import torch
 #
 # In a lesson each solution is there, folded away: click it open when you want to compare. The folder `exercises/` has
 # the same tasks *without* solutions, one notebook for each lesson: work there. Every notebook runs from top to bottom
-# as it is, because where your code will stand there is something that runs and is wrong.
+# as it is, because where your code will stand there is something that runs and is wrong. Keep your answers in a
+# copy of the notebook if you also change lessons: `make exercises` writes that folder anew.
 #
 # A task needs none of the lesson's variables. You can do it on paper first, on a train, or a week later.
 #

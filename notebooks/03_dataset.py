@@ -1722,6 +1722,8 @@ shutil.rmtree(folder)
 # The same tasks without solutions: [exercises/03_dataset.ipynb](../exercises/03_dataset.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
+import hashlib
+
 import numpy as np
 
 from difftsr.dataset import BatchOrder
@@ -1796,7 +1798,40 @@ check({
 
 
 # %% [markdown]
-# ### 3 · An order that can be entered anywhere · ●●● hard
+# ### 3 · A name made of content · ●●○ medium
+#
+# What costs time is kept on disk, a degraded picture or what a model made of it, under a name that says what it belongs to: the picture and the settings. Make one that changes when any pixel or setting does, and does not when settings are merely written in another order. Beware: (2, 3) pixels are not (3, 2) pixels.
+#
+# <details><summary>Hint</summary>
+#
+# `hashlib.sha256` takes bytes and can be updated: shape, type, `tobytes()`, and `repr(sorted(settings.items()))`.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def name_of(image: np.ndarray, settings: dict) -> str:
+    """A hexadecimal name."""
+    ### BEGIN SOLUTION
+    ### STUB: return str(image.sum())
+    parts = repr((image.shape, str(image.dtype), sorted(settings.items()))).encode()
+    return hashlib.sha256(parts + image.tobytes()).hexdigest()
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+picture = np.arange(6, dtype=np.uint8).reshape(2, 3)
+check({
+    "the same content should have the same name": lambda: name_of(picture, {"steps": 4, "seed": 0})
+    == name_of(picture.copy(), {"seed": 0, "steps": 4}),
+    "two exchanged pixels should change it": lambda: name_of(picture, {}) != name_of(picture[:, ::-1], {}),
+    "another setting should change it": lambda: name_of(picture, {"steps": 4}) != name_of(picture, {"steps": 5}),
+    "another shape of the same bytes should change it": lambda: name_of(picture, {})
+    != name_of(picture.reshape(3, 2), {}),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 4 · An order that can be entered anywhere · ●●● hard
 #
 # Batch $k$ of rank $r$ (of $R$ processes) takes $b$ positions of one endless sequence: rank 0's batch, rank 1's batch, and so on. The sequence runs through $n$ records an epoch. Which (epoch, offset) pairs are those? Then a run goes on after a crash without having counted anything.
 #

@@ -758,6 +758,80 @@ check({
     < np.ptp(interval(scores)) / np.ptp(interval(scores.reshape(-1, 1))) < 2.2,
 })  # fmt: skip
 
+
+# %% [markdown]
+# ### 4 · The same lines · ●○○ easy
+#
+# Two restorers were measured on the same lines. Their means differ by .01, each with an interval about .1 wide. Is that difference noise? Compare the *differences* of the same lines: return their mean and their interval, drawn by texts.
+#
+# <details><summary>Hint</summary>
+#
+# `bootstrap(values, clusters)` gives mean, low and high of anything.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def gain(a: np.ndarray, b: np.ndarray, texts: list[str]) -> tuple[float, float, float]:
+    """Mean of b - a (n,), and the limits of its interval."""
+    ### BEGIN SOLUTION
+    ### STUB: return float(np.mean(b) - np.mean(a)), -1.0, 1.0
+    return bootstrap(b - a, texts)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+rng = np.random.default_rng(0)
+names = [str(i // 4) for i in range(160)]
+a = np.repeat(0.8 + 0.15 * rng.normal(size=40), 4)  # hard texts and easy ones
+b = a + 0.01 + 0.005 * rng.normal(size=160)
+check({
+    "the mean difference is wrong": lambda: near(gain(a, b, names)[0], np.mean(b - a)),
+    "the mean should lie inside its interval": lambda: gain(a, b, names)[1] < np.mean(b - a) < gain(a, b, names)[2],
+    "on the same lines this gain is beyond doubt": lambda: gain(a, b, names)[1] > 0.005,
+    "exchanging the two should change the sign": lambda: near(gain(b, a, names)[0], -np.mean(b - a)),
+    "four equal copies of a text are not four witnesses": lambda: near(
+        np.ptp(gain(0 * a, np.repeat(a[::4], 4), names)[1:]), np.ptp(bootstrap(a[::4])[1:]), 1e-3),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 5 · Twenty ways to be lucky · ●●● hard
+#
+# A table compares twenty ablations with the default. Suppose that *none* of them changes anything. How probable is at least one 95 % interval that excludes zero? Predict by a formula, for independent comparisons. Then find the level (as a share, .95 so far) at which all twenty together are wrong only once in twenty tables.
+#
+# <details><summary>Hint</summary>
+#
+# All $n$ intervals contain zero with probability $.95^n$. Solve $x^n = .95$.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def some_luck(n: int, level: float = 0.95) -> float:
+    """Probability that at least one of n intervals excludes a zero that is true."""
+    ### BEGIN SOLUTION
+    ### STUB: return 1 - level
+    return 1 - level**n
+    ### END SOLUTION
+
+
+def level_for(n: int, wanted: float = 0.95) -> float:
+    """The level of each interval with which all n contain zero with probability `wanted`."""
+    ### BEGIN SOLUTION
+    ### STUB: return wanted
+    return wanted ** (1 / n)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+tables = np.abs(np.random.default_rng(1).normal(size=(20_000, 20))) > 1.96  # 20 comparisons of nothing with nothing
+check({
+    "a single comparison is wrong once in twenty": lambda: near(some_luck(1), 0.05),
+    "more comparisons should be luckier": lambda: some_luck(2) < some_luck(5) < some_luck(20) < 1,
+    "20,000 simulated tables say something else": lambda: near(some_luck(20), tables.any(axis=1).mean(), 0.01),
+    "with your level twenty comparisons are not right in 95 of 100 tables": lambda: near(
+        some_luck(20, level_for(20)), 0.05, 1e-6),
+})  # fmt: skip
+
 # %% [markdown]
 # ### Questions to think about
 #

@@ -343,8 +343,8 @@ def exercise_notebook(name: str) -> NotebookNode | None:
             cells.append(nbformat.v4.new_code_cell(stub(cell.source) if "solution" in tags(cell) else cell.source))
     for number, cell in enumerate(cells):
         cell.id = f"cell-{number}"
-    notebook = nbformat.v4.new_notebook(cells=cells, metadata=nbformat.from_dict(METADATA))
-    notebook.metadata.pop("jupytext")
+    alone = METADATA | {"jupytext": {"formats": "ipynb"}}  # JupyterLab shall write no text beside it
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata=nbformat.from_dict(alone))
     notebook.nbformat_minor = 5
     return notebook
 
