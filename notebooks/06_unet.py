@@ -996,8 +996,8 @@ print(sum(isinstance(layer, WinogradConv2d) for layer in wide.modules()), "convo
 assert torch.allclose(direct, fewer, atol=1e-4)
 
 # %% [markdown]
-# Is it worth it? At the paper's size it halves the time of a call on a CPU; the classroom's layers have too few
-# channels, and cutting tiles costs them what the products save. Lesson 15 has the measurements.
+# Is it worth it? At the paper's size a call on a CPU takes three fifths of the time; the classroom's layers have too
+# few channels, and cutting tiles costs them what the products save. Lesson 15 has the measurements.
 #
 # ## Summary
 #

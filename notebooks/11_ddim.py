@@ -787,7 +787,7 @@ def reference_sample(
     mode "baseline" is the released default `general=True`: the text stays as it was read (or as `text` (B, 24) says).
     "full" is `general=False`; "no-text" gives padding instead of a text. Draws come from `noise` in this order:
     the posterior of z_lr, the start, and in every step the image's and then the text's. winograd: on a CPU compute
-    large convolutions with fewer multiplications (lesson 06, section 7): half the time a step, and 5 GB more memory.
+    large convolutions with fewer multiplications (lesson 06, section 7): three fifths of the time, 5 GB more memory.
     """
     if winograd and lr.device.type == "cpu":
         use_winograd(model)
