@@ -1450,7 +1450,7 @@ for step in recipe.steps:
 
 
 # %% [markdown]
-# Lines of one batch soon have different sizes: each is shrunk by its own factor. Where several go through one call, they lie in the upper left corners of one tensor, with zeros around, and every operation must act as if each line stood alone. A graphics card wants that, since a call costs it more than some zeros. A CPU does not, since it computes every zero: there each line goes alone, at its own size, and OpenCV filters and resizes it, which it does several times faster than torch. The numbers are the same to the last but one bit; the device decides.
+# Lines of one batch soon have different sizes: each is shrunk by its own factor. Where several go through one call, they lie in the upper left corners of one tensor, with zeros around, and every operation must act as if each line stood alone. A graphics card wants that, since a call costs it more than some zeros. A CPU does not, since it computes every zero: there each line goes alone, at its own size, and OpenCV filters and resizes it, which it does several times faster than torch. The numbers agree up to rounding; the device decides which way is taken.
 #
 # Torch has three of the resizes too. The others are linear and separable, $Y = R\,X\,C^\top$: the matrices $R$ and $C$ are what the one-image resize does to the unit vectors, so both forms agree by construction.
 

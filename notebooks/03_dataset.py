@@ -1571,9 +1571,9 @@ def write_evaluation_sets(folder: str | Path) -> None:
 #
 # ### What does it cost?
 #
-# Rates of lines as `python tests/bench_data.py` has measured them on two cores, with nothing else running: `load_average_before` in the file says how true that was. On a CPU the batched degradation keeps step with the one-line form; on a graphics card it has the card's speed, which nobody has measured here.
+# Rates of lines as `python tests/bench_data.py` has measured them. Those of one core are lines for a second of its processor time, which others on the machine hardly change. Those of the loaders go by the clock, and the machine was busy (`load_average_of_loaders` in the file): they are a lower bound. On a CPU the batched degradation keeps step with the one-line form; on a graphics card it has the card's speed, which nobody has measured here.
 #
-# How would one feed 3,000 lines a second? Not by rendering and degrading each line when it is asked for: that takes as many cores as the first line of the table says. So render a pool of sharp canvases once, read it, draw the recipes on the host, and let the card degrade (`degrade_batch`) and encode. What that takes in cores is measured; what it takes of the card is *counted*, from the calls and bytes of the batched form, and `not_measured` says what was assumed.
+# How would one feed 3,000 lines a second? Not by rendering and degrading each line when it is asked for: the table says how many cores that takes. So render a pool of sharp canvases once, read it, draw the recipes on the host, and let the card degrade (`degrade_batch`) and encode. What that takes in cores is measured; what it takes of the card is *counted*, from the calls and bytes of the batched form, and `not_measured` says what was assumed.
 
 # %%
 measured = json.loads((data_folder() / "benchmarks" / "data.json").read_text(encoding="utf-8"))
@@ -1582,7 +1582,7 @@ plt.figure(figsize=(7, 2.6))
 plt.barh(list(rates), list(rates.values()))
 plt.xscale("log")
 plt.xlabel("lines a second")
-plt.title(measured["machine"], fontsize=9)
+plt.title("one core, then whole loaders", fontsize=9)
 _ = plt.gca().invert_yaxis()
 
 # %%

@@ -1,9 +1,11 @@
 """What lines cost: rendering, degrading, loading, in one run on one machine.
 
-    python tests/bench_data.py [--lines 200] [--output data/benchmarks/data.json]
+    python tests/bench_data.py [--part core | loaders] [--lines 96] [--output data/benchmarks/data.json]
 
 Every rate is the median of several rounds; rates of one table are measured in turns, so that a busy moment of the
-machine meets all of them alike. CPU rates are for one core (one thread, one process) unless the name says otherwise.
+machine meets all of them alike. Rates a core are lines per second of *processor time* of one thread: others on the
+machine hardly change them. Rates of loaders with workers go by the clock and want a quiet machine. A part renews its
+own tables in the output file and leaves the others, each with the load that it met.
 """
 
 from __future__ import annotations
@@ -38,24 +40,25 @@ LAUNCH, BANDWIDTH = 5e-6, 2e12  # assumed of that GPU: seconds to start a call, 
 
 
 def rates(tasks: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
-    """Lines a second of each task, which says how many lines it made: the median over rounds taken in turns."""
+    """Lines that each task makes in a second of its processor time: the median over rounds taken in turns."""
     measured: dict[str, list[float]] = {name: [] for name in tasks}
     for task in tasks.values():
         task()  # warm: fonts, tables, caches
     for _ in range(rounds):
         for name, task in tasks.items():
-            start = time.perf_counter()
+            start = time.process_time()
             count = task()
-            measured[name].append(count / (time.perf_counter() - start))
+            measured[name].append(count / (time.process_time() - start))
     return {name: round(statistics.median(values), 1) for name, values in measured.items()}
 
 
-def one_core(lines: int) -> dict[str, Callable[[], int]]:
+def one_core(folder: Path, lines: int) -> dict[str, Callable[[], int]]:
     """Rendering and degrading; the two forms of degradation have the same canvases to do."""
     plain, varied = (SyntheticLines(Alphabet.classroom(), SIZE, looks=looks) for looks in (None, VARIED))
     canvases = np.stack([to_canvas(plain.line(index).hr, SIZE) for index in range(lines)])
     config, batch = DegradationConfig(strength="mixed"), 16
     tensor = torch.from_numpy(canvases).permute(0, 3, 1, 2).float() / 255
+    pool = make_loader(LinePool.build(folder / "small", plain, 16, degradations=2, progress=False), 16)
     drawn = iter(range(10**9))  # new seeds in every round
 
     def render(source: SyntheticLines) -> int:
@@ -79,7 +82,11 @@ def one_core(lines: int) -> dict[str, Callable[[], int]]:
             prepared(draw_recipe(SIZE, np.random.default_rng(next(drawn)), config))
         return lines
 
+    def read() -> int:
+        return len(next(pool)["hr"])
+
     return {
+        "read_pool": read,
         "recipe_prepare": prepare,
         "render": lambda: render(plain),
         "render_varied": lambda: render(varied),
@@ -220,29 +227,54 @@ def plan(core: dict[str, float], pool: float, device: dict[str, float], gigaflop
     }
 
 
+def load() -> float:
+    """How many tasks wanted a core in the last minute."""
+    return round(os.getloadavg()[0], 1)
+
+
+def core_part(folder: Path, options: argparse.Namespace) -> dict:
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    before = load()
+    encode, gigaflop = latent_rate()
+    core = rates(one_core(folder, options.lines) | {"vae_encode_16": encode}, options.rounds)
+    device = device_work()
+    return {
+        "load_average_of_cores": before,
+        "lines_a_second_and_core": core,
+        "device_work": device,
+        "plan": plan(core, core["read_pool"], device, gigaflop),
+    }
+
+
+def loaders_part(folder: Path, options: argparse.Namespace) -> dict:
+    before = load()
+    loading = loaders(folder, options.lines, options.rounds)
+    step = idm_step_seconds(folder, 1)
+    return {
+        "load_average_of_loaders": before,
+        "lines_a_second": loading,
+        "idm_step_seconds_batch_16": round(step, 2),
+        "pool_loader_share_of_an_idm_step": round(16 / loading["loader_pool"] / step, 4),
+    }
+
+
+PARTS = {"loaders": loaders_part, "core": core_part}  # the loaders first: they want all threads
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS, help="this one only; without it, all")
     parser.add_argument("--lines", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    threads = torch.get_num_threads()
-    described: dict = {"machine": machine(), "torch": torch.__version__, "rounds": options.rounds}
-    described["load_average_before"] = round(os.getloadavg()[0], 1)  # over the number of cores: others took part of it
+    kept = json.loads(options.output.read_text(encoding="utf-8")) if options.output and options.output.exists() else {}
+    described = kept | {"machine": machine(), "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as folder:
-        described["lines_a_second"] = loading = loaders(Path(folder), options.lines, options.rounds)
-        torch.set_num_threads(1)
-        cv2.setNumThreads(1)
-        core = rates(one_core(options.lines), options.rounds)
-        encode, gigaflop = latent_rate()
-        core |= rates({"vae_encode_16": encode}, 1)
-        described["lines_a_second_and_core"] = core
-        torch.set_num_threads(threads)
-        step = idm_step_seconds(Path(folder), 1)
-    described["idm_step_seconds_batch_16"] = round(step, 2)
-    described["pool_loader_share_of_an_idm_step"] = round(16 / loading["loader_pool"] / step, 4)
-    described["device_work"] = device_work()
-    described["plan"] = plan(core, loading["loader_pool"], described["device_work"], gigaflop)
+        for name, part in PARTS.items():
+            if options.part in (None, name):
+                described |= part(Path(folder), options)
     print(json.dumps(described, indent=1))
     if options.output:
         write_json(options.output, described)
