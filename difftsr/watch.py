@@ -7,6 +7,7 @@ __all__ = ['entropy', 'text_font', 'decoded', 'draw_text', 'draw_frame', 'draw_f
 # %% ../notebooks/12c_watch.ipynb #cc846596
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import cv2
@@ -29,6 +30,7 @@ def entropy(probs: Tensor) -> Tensor:
     return -(p * p.log2()).sum(-1)
 
 # %% ../notebooks/12c_watch.ipynb #fdb2f8aa
+@lru_cache
 def text_font(size: int) -> ImageFont.FreeTypeFont | None:
     """A typeface for Chinese and Latin characters; None where the machine has none that we know of."""
     try:

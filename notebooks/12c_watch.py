@@ -59,6 +59,7 @@ if os.path.dirname(os.getcwd()) not in sys.path:
 #| export
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import cv2
@@ -81,7 +82,7 @@ from difftsr.model import has_weights, preset
 from difftsr.restore import restore
 from difftsr.text_lines import data_folder
 
-set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
+set_matplotlib_formats("jpeg", pil_kwargs={"quality": 45})
 
 # %% [markdown]
 # ## 1. A trace
@@ -140,6 +141,7 @@ assert bool((bits >= 0).all())
 
 # %%
 #| export
+@lru_cache
 def text_font(size: int) -> ImageFont.FreeTypeFont | None:
     """A typeface for Chinese and Latin characters; None where the machine has none that we know of."""
     try:
@@ -214,7 +216,7 @@ def contact_sheet(frames: Sequence[Image.Image], count: int = 6) -> Image.Image:
 # %%
 ratio = watched.image.width / watched.image.height
 frames = draw_frames(model, watched.trace, ratio)
-sheet = contact_sheet(frames)
+sheet = contact_sheet(frames, 4)
 plt.figure(figsize=(sheet.width / 75, sheet.height / 75), dpi=75)
 plt.imshow(sheet)
 plt.axis("off")
