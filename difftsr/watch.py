@@ -7,6 +7,7 @@ __all__ = ['entropy', 'text_font', 'decoded', 'draw_text', 'draw_frame', 'draw_f
 # %% ../notebooks/12c_watch.ipynb #cc846596
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import cv2
@@ -29,6 +30,7 @@ def entropy(probs: Tensor) -> Tensor:
     return -(p * p.log2()).sum(-1)
 
 # %% ../notebooks/12c_watch.ipynb #fdb2f8aa
+@lru_cache
 def text_font(size: int) -> ImageFont.FreeTypeFont | None:
     """A typeface for Chinese and Latin characters; None where the machine has none that we know of."""
     try:
@@ -69,9 +71,9 @@ def draw_text(
 def draw_frame(model: DiffTSR, step: Step, ratio: float, height: int = 96) -> Image.Image:
     """One step of one line as a picture: z_t and z0 side by side, the noisy text, the predicted text and its bits."""
     pictures = [decoded(model, latent, ratio, height) for latent in (step.z_t, step.z0)]
-    shown = max(1, int((step.text.best[0] != PAD).sum()), int((step.c_t[0] != PAD).sum()))
-    width = max(2 * pictures[0].width + 8, 240)
-    cell = max(10, min(28, width // max(shown, 1)))
+    places = step.c_t.shape[1]
+    width = max(2 * pictures[0].width + 8, 14 * places)
+    cell = min(28, width // places)
     frame = Image.new("RGB", (width, height + 24 + 2 * cell + 10), "white")
     draw = ImageDraw.Draw(frame)
     draw.text((2, 2), f"t = {step.t}", fill="black")

@@ -96,7 +96,7 @@ from PIL import ImageDraw, ImageFilter
 from difftsr.model import has_weights, preset
 from difftsr.text_lines import find_fonts, package_font_folders
 
-set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
+set_matplotlib_formats("jpeg", pil_kwargs={"quality": 45})
 
 # %% [markdown]
 # ## 1. Where to cut
@@ -167,7 +167,7 @@ def find_cuts(line: np.ndarray, parts: int) -> list[int]:
 
 # %%
 cuts = find_cuts(line, math.ceil(width / height / COMFORTABLE))
-fig, (above, below) = plt.subplots(2, 1, figsize=(11, 1.8), dpi=80, sharex=True)
+fig, (above, below) = plt.subplots(2, 1, figsize=(11, 1.8), dpi=60, sharex=True)
 above.imshow(line, aspect="auto")
 above.set_yticks([])
 below.plot(ink(line), lw=0.7)
@@ -367,7 +367,7 @@ print("truth:   ", banner)
 print("restored:", result.text)
 
 # %%
-fig, axes = plt.subplots(4, 1, figsize=(11, 4), dpi=80)
+fig, axes = plt.subplots(4, 1, figsize=(11, 4), dpi=60)
 for first, picture in enumerate((line, np.asarray(result.image))):
     half = picture.shape[1] // 2
     axes[first].imshow(picture[:, :half])
@@ -528,7 +528,7 @@ except ImportError as error:  # the picture below needs the detector
 
 # %%
 if found is not None:
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4.2), dpi=90)
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4.2), dpi=65)
     for ax, picture, title in zip(axes, (page, found.image), ("photograph, and what was found", "restored, x2")):
         ax.imshow(picture)
         ax.set_title(title, fontsize=9)

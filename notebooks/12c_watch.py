@@ -63,6 +63,7 @@ if os.path.dirname(os.getcwd()) not in sys.path:
 #| export
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import cv2
@@ -85,7 +86,7 @@ from difftsr.model import has_weights, preset
 from difftsr.restore import restore
 from difftsr.text_lines import data_folder
 
-set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
+set_matplotlib_formats("jpeg", pil_kwargs={"quality": 45})
 
 # %% [markdown]
 # ## 1. A trace
@@ -144,6 +145,7 @@ assert bool((bits >= 0).all())
 
 # %%
 #| export
+@lru_cache
 def text_font(size: int) -> ImageFont.FreeTypeFont | None:
     """A typeface for Chinese and Latin characters; None where the machine has none that we know of."""
     try:
@@ -184,9 +186,9 @@ def draw_text(
 def draw_frame(model: DiffTSR, step: Step, ratio: float, height: int = 96) -> Image.Image:
     """One step of one line as a picture: z_t and z0 side by side, the noisy text, the predicted text and its bits."""
     pictures = [decoded(model, latent, ratio, height) for latent in (step.z_t, step.z0)]
-    shown = max(1, int((step.text.best[0] != PAD).sum()), int((step.c_t[0] != PAD).sum()))
-    width = max(2 * pictures[0].width + 8, 240)
-    cell = max(10, min(28, width // max(shown, 1)))
+    places = step.c_t.shape[1]
+    width = max(2 * pictures[0].width + 8, 14 * places)
+    cell = min(28, width // places)
     frame = Image.new("RGB", (width, height + 24 + 2 * cell + 10), "white")
     draw = ImageDraw.Draw(frame)
     draw.text((2, 2), f"t = {step.t}", fill="black")
@@ -218,7 +220,7 @@ def contact_sheet(frames: Sequence[Image.Image], count: int = 6) -> Image.Image:
 # %%
 ratio = watched.image.width / watched.image.height
 frames = draw_frames(model, watched.trace, ratio)
-sheet = contact_sheet(frames)
+sheet = contact_sheet(frames, 4)
 plt.figure(figsize=(sheet.width / 75, sheet.height / 75), dpi=75)
 plt.imshow(sheet)
 plt.axis("off")

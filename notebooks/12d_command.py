@@ -571,6 +571,18 @@ print("the report has", ", ".join(report))
 assert report["size"][1] == 128
 
 # %% [markdown]
+# ## 5. Memory
+#
+# What does a file cost that is as large as we allow? `tests/bench.py memory` starts the command afresh for each input and asks the operating system for the peak. Most of it is torch and the five networks; the largest line, 67 million pixels with transparency, comes on top once.
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+costs = json.loads((data_folder() / "benchmarks" / "restore.json").read_text(encoding="utf-8"))
+for name, megabytes in costs.items():
+    if name.startswith("peak_mb_"):
+        print(f"{name.removeprefix('peak_mb_'):28s} {megabytes:5d} MB")
+
+# %% [markdown]
 # ## Summary
 #
 # - One bad file costs one line. What is wrong for all is said before the work begins.
