@@ -73,7 +73,9 @@ from difftsr.scores import Metric, metrics, paired
 from difftsr.text_lines import find_fonts, write_atomically
 
 # %%
-import matplotlib.pyplot as plt
+from tempfile import TemporaryDirectory
+
+from IPython.display import Image as Shown
 from IPython.display import Markdown
 
 from difftsr.measures import ned
@@ -154,12 +156,16 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 
 # %%
-lines = labelled(data_folder() / "samples")[:4]
+def small(picture: Image.Image) -> Shown:
+    """A picture for the page, in 64 colours."""
+    buffer = io.BytesIO()
+    picture.quantize(64).save(buffer, format="PNG", optimize=True)
+    return Shown(buffer.getvalue())
+
+
+lines = labelled(data_folder() / "samples")[:3]
 rows = [[(Image.fromarray(line.image), line.name), (Image.fromarray(line.target), line.truth)] for line in lines]
-plt.figure(figsize=(8, 4))
-plt.imshow(gallery(rows, ["input", "truth"]))
-plt.axis("off")
-plt.show()
+small(gallery(rows, ["input", "truth"], height=48))
 
 
 # %% [markdown]
@@ -346,12 +352,10 @@ def save_figure(figure, path: Path) -> None:
 
 
 # %%
-plot_slices(stored, Path("figures.png"))
-plt.figure(figsize=(11, 8))
-plt.imshow(Image.open("figures.png"))
-plt.axis("off")
-plt.show()
-Path("figures.png").unlink()
+with TemporaryDirectory() as folder:
+    plot_slices(stored, Path(folder) / "figures.png")
+    picture = Image.open(Path(folder) / "figures.png").convert("RGB")
+small(picture)
 
 
 # %% [markdown]
@@ -460,10 +464,7 @@ print(table(*failure_table(harmed)))
 assert [row["file"] for row in harmed] == ["27-severe.webp", "67-severe.webp"]
 
 # %%
-plt.figure(figsize=(9, 3))
-plt.imshow(failure_picture(harmed, RestorerConfig()))
-plt.axis("off")
-plt.show()
+small(failure_picture(harmed, RestorerConfig()))
 
 
 # %% [markdown]
