@@ -222,7 +222,8 @@ Image(picture)
 
 # %% [markdown]
 # Grey intervals hold zero: on these lines the switch makes no difference that could be told from chance. Green is better
-# than the first row, red is worse.
+# than the first row, red is worse. The seconds of the stored run come from a machine that was busy with much else: they
+# say which rows are slow, and no more.
 #
 # ## Summary
 #
