@@ -165,12 +165,12 @@ def score(image: np.ndarray, line: LabelledLine, judges: dict[str, Judge], folde
 # %%
 line = labelled(data_folder() / "samples")[4]
 pictures = {"input": line.image, "upside down": line.image[::-1], "sharp": line.target}
-plt.figure(figsize=(9, 1.6))
+plt.figure(figsize=(7, 1.2))
 for place, (name, picture) in enumerate(pictures.items()):
     scores, _ = score(np.ascontiguousarray(picture), line, {"v6": PPOCR("v6")}, cache_root())
     plt.subplot(1, 3, place + 1)
     plt.imshow(picture)
-    plt.title(f"{name}: NED {scores['ned_v6']:.2f}, LPIPS {scores['lpips']:.2f}, {scores['psnr']:.0f} dB", fontsize=9)
+    plt.title(f"{name}: NED {scores['ned_v6']:.2f}, LPIPS {scores['lpips']:.2f}, {scores['psnr']:.0f} dB", fontsize=6)
     plt.axis("off")
 plt.show()
 

@@ -73,9 +73,9 @@ from difftsr.scores import metrics, paired
 
 # %%
 import json
+from tempfile import TemporaryDirectory
 
-import matplotlib.pyplot as plt
-from PIL import Image
+from IPython.display import Image
 
 from difftsr.report import gain_table, table
 from difftsr.text_lines import data_folder
@@ -219,16 +219,15 @@ narrow = [header.index(name) for name in header if name.startswith(("row", "NED"
 print(table([header[i] for i in narrow], [[row[i] for i in narrow] for row in rows]))
 
 # %%
-plot_ablation(stored, Path("ablation.png"))
-plt.figure(figsize=(12, 6.5))
-plt.imshow(Image.open("ablation.png"))
-plt.axis("off")
-plt.show()
-Path("ablation.png").unlink()
+with TemporaryDirectory() as folder:
+    plot_ablation(stored, Path(folder) / "ablation.png")
+    picture = (Path(folder) / "ablation.png").read_bytes()
+Image(picture)
 
 # %% [markdown]
 # Grey intervals hold zero: on these lines the switch makes no difference that could be told from chance. Green is better
-# than the first row, red is worse.
+# than the first row, red is worse. The seconds of the stored run come from a machine that was busy with much else: they
+# say which rows are slow, and no more.
 #
 # ## Summary
 #

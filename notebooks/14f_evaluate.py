@@ -484,10 +484,10 @@ if __name__ == "__main__" and "__file__" in globals():
 # %% [markdown]
 # ## How good are the committed weights?
 #
-# `python -m difftsr.evaluate` measured them on `data/eval/test`, whose lines decided nothing: every choice was made on
-# `data/eval/dev`. `python tests/bench_evaluate.py out/test` keeps the report, without its lines, in
-# `data/benchmarks/evaluate.json`; every row was measured on the same lines, in the same run. Bars, plots and failures are
-# in lesson 14d.
+# `python -m difftsr.evaluate` measures them on `data/eval/test`, whose lines decided nothing: choices are made on
+# `data/eval/dev`. `python tests/bench_evaluate.py out/test` keeps a report, without its lines, in
+# `data/benchmarks/evaluate.json`; every row was measured on the same lines, in the same run. Which set and how many lines
+# it was stands above the table. Bars and plots of the same report are in lesson 14d.
 
 # %%
 stored = json.loads((data_folder() / "benchmarks" / "evaluate.json").read_text(encoding="utf-8"))
@@ -515,7 +515,7 @@ Markdown(markdown(*main_table(stored)))
 #
 # - First every restorer works through every line, alone; then the judges come in. The cache lies between the two.
 # - Every figure has an interval, and two results are compared by their differences on the same lines.
-# - The committed weights are measured on lines that nothing was chosen by.
+# - Choices are made on `dev`, figures to report come from `test`.
 #
 # ## Exercises
 #
