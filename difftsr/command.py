@@ -4,8 +4,8 @@
 __all__ = ['MAX_BYTES', 'FORMATS', 'ENDINGS', 'SAVING', 'NOT_DECISIVE', 'RestoreConfig', 'Source', 'images_in', 'pages_of',
            'find_sources', 'Job', 'fingerprint', 'weights_fingerprint', 'make_job', 'check_free', 'encoded',
            'restored_height', 'steps_of', 'restore_picture', 'extras_of', 'write_extras', 'page_line_report',
-           'known_text', 'as_report', 'printable', 'picture_of', 'do', 'restore_all', 'reason', 'check_settings',
-           'main']
+           'known_text', 'as_report', 'printable', 'picture_of', 'do', 'process', 'restore_all', 'reason',
+           'check_settings', 'main']
 
 # %% ../notebooks/12d_command.ipynb #c01a847d
 import glob
@@ -358,15 +358,23 @@ def do(model: DiffTSR, job: Job, config: RestoreConfig) -> dict:
     return report
 
 # %% ../notebooks/12d_command.ipynb #b89c2c76
+def process() -> tuple[int, int]:
+    """Which process of how many this is, as `accelerate launch` and `torchrun` tell it: they share the images."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def restore_all(model: DiffTSR, sources: Sequence[Source], config: RestoreConfig) -> Iterator[dict]:
     """Restore every source; yield for each a record of `file`, `status` (restored, skipped, failed) and the rest."""
     weights, used = weights_fingerprint(config.weights), {}
     inputs = frozenset(source.path.resolve() for source in sources if source.path is not None)
-    for source in sources:
+    rank, world = process()
+    for number, source in enumerate(sources):
+        first = used.setdefault(source.stem, source)
+        if number % world != rank:
+            continue
         try:
-            if source.stem in used:
-                raise ValueError(f"{source.name}: {used[source.stem]} has the same name; results need different names")
-            used[source.stem] = source.name
+            if first is not source:
+                raise ValueError(f"{source.name}: {first.name} has the same name; results need different names")
             job = make_job(source, config, weights, inputs)
             if job.finished and not config.overwrite:
                 yield {"file": source.name, "status": "skipped", **job.earlier}
@@ -405,7 +413,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sources = find_sources(config.images)
         if not sources:
             raise ValueError(f"no image in {', '.join(config.images)}; allowed: {', '.join(SUFFIXES)}")
-        device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # each process of a launch has a GPU of its own
+        device = config.device if config.device != "auto" else local if torch.cuda.is_available() else "cpu"
         model = DiffTSR.from_pretrained(config.weights, device=device)
         check_settings(model, config)
         config.output.mkdir(parents=True, exist_ok=True)
@@ -415,7 +424,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if model.untrained:
         print(f"note: these weights have untrained networks: {', '.join(model.untrained)}", file=sys.stderr)
     count = {"restored": 0, "skipped": 0, "failed": 0}
-    progress = tqdm(total=len(sources), desc="restoring", unit="image", disable=None)  # silent in a pipe
+    rank, world = process()
+    progress = tqdm(total=len(sources[rank::world]), desc="restoring", unit="image", disable=None)  # silent in a pipe
     try:
         for record in restore_all(model, sources, config):
             count[record["status"]] += 1

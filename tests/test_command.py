@@ -254,6 +254,16 @@ def test_a_batch_goes_on_where_it_stopped(inputs, call, tmp_path, capsys, monkey
     assert call(inputs) == 0 and "2 skipped" in capsys.readouterr().out
 
 
+def test_processes_share_a_folder(inputs, call, tmp_path, monkeypatch):
+    names = sorted(path.stem for path in inputs.iterdir())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        assert call(inputs) == 0
+        done = {path.stem for path in (tmp_path / "out").glob("*.json")}
+        assert done == set(names[::2] if rank == 0 else names)
+
+
 def test_another_input_setting_or_weight_is_another_result(inputs, call, weights, tmp_path, capsys):
     one = inputs / "one.png"
     assert call(one) == 0
