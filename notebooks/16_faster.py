@@ -176,7 +176,7 @@ plt.show()
 
 
 # %% [markdown]
-# The published network has 40 times our parameters and takes 200 steps. Let us count one of its steps, without its weights: the parameters live on torch's `meta` device, where tensors have shapes and no content, so the count costs no memory.
+# The published U-Net is far larger, and takes 200 steps. Let us count one of its steps, without its weights: the parameters live on torch's `meta` device, where tensors have shapes and no content, so the count costs no memory.
 
 # %%
 def step_operations(name):
