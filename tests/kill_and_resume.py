@@ -3,9 +3,9 @@
     python tests/kill_and_resume.py [--kills 20] [--seed 0] [--output data/benchmarks/resume.json]
 
 The tiny text diffusion with the variational bound: its importance sampler has a state of its own. The signals are
-SIGKILL, SIGTERM and SIGINT in turn, at random moments of start, step and writing; every fifth run moreover meets a
-full disk (a limit on the size of files), so that none of its checkpoints can be written. Networks, averages,
-optimizers and sampler must be equal to the last bit in the end.
+SIGKILL, SIGTERM and SIGINT in turn, a random time after the start or after one of the next few checkpoints; every
+fifth run moreover meets a full disk (a limit on the size of files), so that none of its checkpoints can be written.
+Networks, averages, optimizers and sampler must be equal to the last bit in the end.
 """
 
 import argparse
@@ -65,19 +65,20 @@ def equal(a, b) -> bool:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--kills", type=int, default=20)
-    options.add_argument("--steps", type=int, default=1000)
+    options.add_argument("--steps", type=int, default=240)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--output", type=Path, default=ROOT / "data" / "benchmarks" / "resume.json")
     chosen = options.parse_args()
     draw = random.Random(chosen.seed)
+    import torch._dynamo  # noqa: F401  an optimizer wants it; once here saves it in every process
     with tempfile.TemporaryDirectory() as folder:
         weights, log = Path(folder) / "weights", Path(folder) / "log"
         model = DiffTSR(preset("tiny"))
         model.untrained = ["tdm", "mom"]  # what the others say means nothing, and is the same in every run
         model.save(weights)
         common = ["--stage", "tdm", "--preset", "tiny", "--no-bar", "--init", str(weights)]
-        common += ["--steps", str(chosen.steps), "--batch-size", "32", "--cache", "256", "--overrides", "loss", "bound"]
-        common += ["--checkpoint-every", "10", "--validate-every", "0"]
+        common += ["--steps", str(chosen.steps), "--batch-size", "8", "--cache", "32", "--overrides", "loss", "bound"]
+        common += ["--checkpoint-every", "5", "--validate-every", "0"]
         whole, cut = Path(folder) / "whole", Path(folder) / "cut"
         began = time.monotonic()
         assert os.waitpid(start([*common, "--output", str(whole)], log), 0)[1] == 0, log.read_text()
@@ -88,7 +89,12 @@ def main() -> None:
             number, full = SIGNALS[len(kills) % 3], len(kills) % 5 == 4
             before = [file.name for file in checkpoints(saved)]
             child = start([*common, "--output", str(cut), "--resume"], log, full)
-            time.sleep(draw.uniform(0, 2 * alone / chosen.kills) + 0.5)
+            more = 0 if full else draw.randrange(4)  # checkpoints that are awaited; without, a moment of the start
+            while more and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:  # it runs
+                if len([file for file in checkpoints(saved) if file.name not in before]) >= min(more, 2):
+                    break  # two are kept
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0, 0.3 if more else alone / 4))
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, number)
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -100,7 +100,7 @@ def test_a_full_disk_loses_nothing_and_is_said_in_one_line(tmp_path):
     assert checkpoints(tmp_path)[0].read_bytes() == kept
 
 
-def test_a_run_on_a_full_disk_goes_on_and_ends_with_an_error(trained, tmp_path, capsys):
+def test_a_run_on_a_full_disk_goes_on_and_ends_with_an_error(tmp_path, capsys):
     config = TrainConfig("recognizer", output=tmp_path, steps=4, bar=False, **TINY)
     train_stage(replace(config, steps=2), "recognizer")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -203,8 +203,9 @@ def test_what_the_idm_predicts_is_chosen_once_and_kept(trained, tmp_path):
 # --- reduced precision ---
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("stage", ["vae", "recognizer", "idm", "tdm"])
+@pytest.mark.parametrize(
+    "stage, precision", [("vae", "fp16"), ("recognizer", "bf16"), ("idm", "bf16"), ("idm", "fp16"), ("tdm", "fp16")]
+)
 def test_reduced_precision_takes_steps_close_to_those_of_float32(trained, tmp_path, stage, precision):
     losses = {}
     for name in ("no", precision):
@@ -237,7 +238,7 @@ def spoil(walked, value):
     return first.register_hook(lambda gradient: torch.full_like(gradient, value))
 
 
-def test_an_infinite_gradient_is_skipped_under_fp16_and_the_scale_falls(trained, tmp_path):
+def test_an_infinite_gradient_is_skipped_under_fp16_and_the_scale_falls(tmp_path):
     config = TrainConfig("recognizer", output=tmp_path, mixed_precision="fp16", **TINY)
     walked = Trainer(config, "recognizer")
     before = {name: p.clone() for name, p in walked.model.recognizer.named_parameters()}
@@ -311,7 +312,7 @@ def test_the_best_weights_are_those_of_the_least_loss_on_unseen_lines(tmp_path):
         train_stage(replace(config, validation=None), "recognizer")
 
 
-def test_looking_at_unseen_lines_changes_nothing(trained, tmp_path):
+def test_looking_at_unseen_lines_changes_nothing(tmp_path):
     config = TrainConfig("vae", output=tmp_path, steps=4, overrides={"lpips": 0, "disc_start": 0}, **TINY)
     for name, options in (("looks", {"validation": "synthetic", "validate_every": 1}), ("blind", {})):
         train_stage(replace(config, output=tmp_path / name, **options), "vae")
@@ -334,7 +335,7 @@ def test_the_card_says_how_the_weights_were_made(trained):
     assert (trained / "report.png").stat().st_size > 1000
 
 
-def test_a_card_of_a_run_that_goes_on_is_not_taken_for_done(trained, tmp_path):
+def test_a_card_of_a_run_that_goes_on_is_not_taken_for_done(tmp_path):
     config = TrainConfig("recognizer", output=tmp_path, **TINY)
     walked = Trainer(config, "recognizer")
     walked.take_step()
