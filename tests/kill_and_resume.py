@@ -5,7 +5,7 @@
 The tiny text diffusion with the variational bound: its importance sampler has a state of its own. The signals are
 SIGKILL, SIGTERM and SIGINT in turn, a random time after the start or after one of the next few checkpoints; every
 fifth run moreover meets a full disk (a limit on the size of files), so that none of its checkpoints can be written.
-Networks, averages, optimizers and sampler must be equal to the last bit in the end.
+Networks, averages, optimizers and sampler must be equal to the last bit in the end. Adds a series to the output.
 """
 
 import argparse
@@ -122,7 +122,8 @@ def main() -> None:
     print(json.dumps({key: value for key, value in found.items() if key != "kills"}, indent=1))
     if not all(parts.values()):
         raise SystemExit("the ends differ")
-    write_json(chosen.output, found)
+    known = json.loads(chosen.output.read_text(encoding="utf-8")) if chosen.output.exists() else []
+    write_json(chosen.output, [*known, found | {"seed": chosen.seed}])
 
 
 if __name__ == "__main__":

@@ -226,10 +226,10 @@ def test_fp16_with_two_optimizers_scales_and_unscales_each_once(tmp_path):
     for precision in ("no", "fp16"):
         config = TrainConfig("vae", output=tmp_path / precision, mixed_precision=precision, overrides=settings, **TINY)
         walked = Trainer(config, "vae")
-        walked.take_step()
+        walked.scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=precision == "fp16")  # none is left out
         walked.take_step()
         norms[precision] = {name: float(walked.shown[name]) for name in ("norm", "norm_discriminator")}
-    assert norms["fp16"] == pytest.approx(norms["no"], rel=0.1)
+    assert norms["fp16"] == pytest.approx(norms["no"], rel=0.05)
 
 
 def spoil(walked, value):
