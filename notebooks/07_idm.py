@@ -828,6 +828,7 @@ class IDMTraining:
     batch_size: int = 16
     weight_decay: float = 0.01
     loss: Literal["l2", "l1"] = "l2"  # l1 without weights is the released code's
+    weighting: Literal["snr", "none"] = "snr"  # of the squared error: by the level of the noise, or every time alike
     snr_clip: tuple[float, float] = (0.5, 5.0)  # limits of the weight of an error of z_0
     ocr_weight: float = 0.02
     ocr_lines: int = 4  # lines of a batch that are decoded and read
@@ -976,8 +977,8 @@ class IDMStage:
     name = "idm"
     trains = ("idm",)
 
-    def __init__(self, training: IDMTraining, model: nn.Module):
-        self.training = training
+    def __init__(self, settings: IDMTraining, model: nn.Module):
+        self.settings = settings
         self.progress = 0.0
         encoder = model.idm.text_encoder
         self.similar = similar_glyphs(encoder.transformer.token_emb) if encoder.config.soft else None
@@ -986,8 +987,8 @@ class IDMStage:
     def optimizers(self, model: nn.Module) -> dict[str, torch.optim.Optimizer]:
         matrices = [p for p in model.idm.parameters() if p.ndim > 1]
         others = [p for p in model.idm.parameters() if p.ndim <= 1]
-        groups = [dict(params=matrices, weight_decay=self.training.weight_decay), dict(params=others, weight_decay=0.0)]
-        return {"idm": torch.optim.AdamW(groups, lr=self.training.learning_rate, betas=(0.9, 0.99))}
+        groups = [dict(params=matrices, weight_decay=self.settings.weight_decay), dict(params=others, weight_decay=0.0)]
+        return {"idm": torch.optim.AdamW(groups, lr=self.settings.learning_rate, betas=(0.9, 0.99))}
 
     def losses(
         self, model: nn.Module, batch: dict, generator: torch.Generator
@@ -1000,19 +1001,19 @@ class IDMStage:
         told = self.text(model, batch, generator)
         t = spread_times(len(z_hr), diffusion.timesteps, generator).to(z_hr.device)
         noise = torch.randn(z_hr.shape, generator=generator, device=generator.device).to(z_hr)
-        if self.training.first:
-            first = torch.rand(len(t), generator=generator, device=generator.device).to(t.device) < self.training.first
+        if self.settings.first:
+            first = torch.rand(len(t), generator=generator, device=generator.device).to(t.device) < self.settings.first
             t = torch.where(first, diffusion.timesteps - 1, t)
-            noise = torch.where(first.view(-1, 1, 1, 1), self.training.temperature * noise, noise)
+            noise = torch.where(first.view(-1, 1, 1, 1), self.settings.temperature * noise, noise)
         z_t = diffusion.q_sample(z_hr, t, noise)
 
         prediction = idm(z_t, condition(model, z_lr), t, idm.context(told), told)
         z_0, _ = diffusion.to_z0_eps(prediction, z_t, t, z_lr, kind)
         loss = self.denoising_loss(prediction, diffusion.target(z_hr, noise, t, z_lr, kind), diffusion, t, kind)
         logs = {"denoise": loss.detach(), "gain_db": 10 * torch.log10((z_lr - z_hr).square().mean() / error(z_0, z_hr))}
-        if self.training.ocr_weight and self.progress >= self.training.ocr_start:
-            ocr = ocr_loss(model, z_0, batch["tokens"], t, self.training.ocr_lines)
-            loss = loss + self.training.ocr_weight * ocr
+        if self.settings.ocr_weight and self.progress >= self.settings.ocr_start:
+            ocr = ocr_loss(model, z_0, batch["tokens"], t, self.settings.ocr_lines)
+            loss = loss + self.settings.ocr_weight * ocr
             logs["ocr"] = ocr.detach()
         yield loss, "idm", {"loss": loss.detach(), **logs}
 
@@ -1021,7 +1022,7 @@ class IDMStage:
         reading = batch.get("reading")
         if reading is None and "lr" in batch:
             reading = lambda rows: model.recognizer.read(batch["lr"][rows])  # noqa: E731
-        settings = self.training
+        settings = self.settings
         return text_conditions(
             text_classes(model, batch["tokens"]), batch["centers"], reading, generator, settings.text_mix,
             similar=self.similar, jitter=settings.jitter,
@@ -1030,11 +1031,13 @@ class IDMStage:
     def denoising_loss(
         self, prediction: Tensor, target: Tensor, diffusion: GaussianDiffusion, t: Tensor, kind: Prediction
     ) -> Tensor:
-        """The mean absolute error, or the squared error weighted by the level of the noise."""
-        if self.training.loss == "l1":
+        """The mean absolute error, or the squared error, which may be weighted by the level of the noise."""
+        if self.settings.loss == "l1":
             return F.l1_loss(prediction, target)
         squared = (prediction - target).square().flatten(1).mean(1)  # (B,)
-        return (diffusion.loss_weight(t, kind, self.training.snr_clip) * squared).mean()
+        if self.settings.weighting == "none":
+            return squared.mean()
+        return (diffusion.loss_weight(t, kind, self.settings.snr_clip) * squared).mean()
 
 
 # %% [markdown]

@@ -67,7 +67,7 @@ if os.path.dirname(os.getcwd()) not in sys.path:
 # %%
 #| export
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -78,7 +78,7 @@ from torch import Tensor, nn
 
 from difftsr.idm import MIX, Mix, reader_classes, similar_glyphs, spread_times, text_classes, text_conditions
 from difftsr.recognizer import CharacterEmbedding, Reading, TiedClassifier
-from difftsr.text_lines import PAD
+from difftsr.text_lines import MAX_LENGTH, PAD
 from difftsr.unet import DistanceBias, column_centers
 
 # %%
@@ -945,15 +945,16 @@ assert count == 211_099_217
 
 # %%
 #| export
-class ImportanceSampler:
+class ImportanceSampler(nn.Module):
     """Draws t more often where the bound is large (Nichol & Dhariwal 2021, as in the released code).
 
     Uniform until every t was seen more than ten times; then p_t is proportional to sqrt(E[L_t^2]).
     """
 
     def __init__(self, timesteps: int) -> None:
-        self.history = torch.zeros(timesteps)  # running mean of L_t squared
-        self.count = torch.zeros(timesteps)
+        super().__init__()
+        self.register_buffer("history", torch.zeros(timesteps))  # running mean of L_t squared
+        self.register_buffer("count", torch.zeros(timesteps))
 
     def probabilities(self) -> Tensor:
         """p_t of the importance distribution, whatever the counts: (T,)."""
@@ -962,18 +963,22 @@ class ImportanceSampler:
         return root / root.sum()
 
     def draw(self, batch: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """t (batch,) and its probability p_t (batch,), on the CPU."""
+        """t (batch,) and its probability p_t (batch,)."""
         ready = bool((self.count > 10).all())
         p = self.probabilities() if ready else torch.full_like(self.history, 1 / len(self.history))
         on = p if generator is None else p.to(generator.device)
-        t = torch.multinomial(on, batch, replacement=True, generator=generator).cpu()
+        t = torch.multinomial(on, batch, replacement=True, generator=generator).to(p.device)
         return t, p[t]
 
     def update(self, t: Tensor, bound_term: Tensor) -> None:
         """Remember the bound terms L_t (B,) that were just computed."""
-        t, value = t.cpu(), bound_term.detach().float().cpu() ** 2
+        t, value = t.to(self.count.device), bound_term.detach().float().to(self.count.device) ** 2
         self.history[t] = 0.1 * value + 0.9 * self.history[t]
         self.count += torch.bincount(t, minlength=len(self.count))
+
+    def typical(self) -> Tensor:
+        """The root mean square of L_t, in nats a line (T,); NaN where t was never drawn."""
+        return (self.history / (1 - 0.9**self.count)).sqrt()
 
 
 # %%
@@ -1063,28 +1068,30 @@ class TDMStage:
     name = "tdm"
     trains = ("tdm",)
 
-    def __init__(self, config: TDMTraining, model: nn.Module) -> None:
-        self.config = config
+    def __init__(self, settings: TDMTraining, model: nn.Module) -> None:
+        self.settings = settings
         self.importance = ImportanceSampler(model.tdm.diffusion.timesteps)
+        self.auxiliary: dict[str, nn.Module] = {"importance": self.importance}  # what a checkpoint must hold too
+        self.seen: list[tuple[Tensor, Tensor]] = []  # t and bound terms since the last step
         known = isinstance(model.tdm, TDM)  # the published network has no glyphs
         self.similar = similar_glyphs(model.tdm.characters) if known else None
 
     def optimizers(self, model: nn.Module) -> dict[str, torch.optim.Optimizer]:
         train_only(model, "tdm")
-        settings = dict(lr=self.config.learning_rate, weight_decay=self.config.weight_decay, betas=(0.9, 0.99))
-        return {"tdm": torch.optim.AdamW(model.tdm.parameters(), **settings)}
+        options = dict(lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay, betas=(0.9, 0.99))
+        return {"tdm": torch.optim.AdamW(model.tdm.parameters(), **options)}
 
     def losses(self, model: nn.Module, batch: dict, generator: torch.Generator) -> Iterator[tuple[Tensor, str, dict]]:
         """One loss: the target is the true text, the conditions are what will be there at restoration time."""
         tdm, tokens = model.tdm, batch["tokens"]
         reading, z_lr = look_at(model, batch)
         asked = replace(reading, features=None)
-        told = text_conditions(tokens, batch["centers"], asked, generator, self.config.text_mix, similar=self.similar)
+        told = text_conditions(tokens, batch["centers"], asked, generator, self.settings.text_mix, similar=self.similar)
         t, p_t = self.draw_t(len(tokens), generator)
         t, tokens = t.to(tokens.device), text_classes(model, tokens)
         c_t = tdm.diffusion.q_sample(tokens, t, generator)
         logits = tdm(c_t, t, tdm.context(reading.features, z_lr), told)
-        if self.config.loss == "bound":
+        if self.settings.loss == "bound":
             loss = self.bound(tdm, logits, tokens, c_t, t, p_t)
         else:
             loss = F.cross_entropy(logits, tokens)
@@ -1096,7 +1103,7 @@ class TDMStage:
 
     def draw_t(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """t (batch,) and its probability: uniform for cross-entropy, by importance for the bound."""
-        if self.config.loss == "bound":
+        if self.settings.loss == "bound":
             return self.importance.draw(batch, generator)
         timesteps = len(self.importance.history)
         return spread_times(batch, timesteps, generator), torch.full((batch,), 1 / timesteps)
@@ -1107,8 +1114,22 @@ class TDMStage:
         log_x0, log_x_t = (log_one_hot(c, diffusion.num_classes) for c in (tokens, c_t))
         log_p = diffusion.posterior(F.log_softmax(logits.float(), dim=1), log_x_t, t)
         term = diffusion.bound_term(log_x0, log_x_t, t, log_p)
-        self.importance.update(t, term)
+        if torch.is_grad_enabled():  # looking at unseen lines must not change what is trained
+            self.seen.append((t, term.detach()))
         return (term / p_t.to(term.device) + diffusion.kl_prior(log_x0)).sum() / (math.log(2) * tokens.numel())
+
+    def step_done(self, gather: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        """After a step: the sampler learns the terms of all its shares at once, so that it is the same everywhere."""
+        for t, term in self.seen:
+            self.importance.update(gather(t), gather(term))
+        self.seen.clear()
+
+    def summary(self) -> dict[str, list[float]]:
+        """For the run card: how much each twentieth of the times contributes to the bound, in bits a character."""
+        if self.settings.loss != "bound":
+            return {}
+        bits = self.importance.typical().nan_to_num() / (math.log(2) * MAX_LENGTH)
+        return {"bound_by_t": [round(float(part.sum()), 4) for part in bits.tensor_split(20)]}
 
 
 # %% [markdown]

@@ -440,8 +440,8 @@ class MoMStage:
     name = "mom"
     trains = ("mom",)
 
-    def __init__(self, config: MoMTraining, model: nn.Module) -> None:
-        self.config = config
+    def __init__(self, settings: MoMTraining, model: nn.Module) -> None:
+        self.settings = settings
         if model.idm.diffusion.timesteps != model.tdm.diffusion.timesteps:
             raise ValueError("both diffusions must have the same number of timesteps to share one t")
 
@@ -451,8 +451,8 @@ class MoMStage:
 
     def optimizers(self, model: nn.Module) -> dict[str, torch.optim.Optimizer]:
         train_only(model, "mom")
-        settings = dict(lr=self.config.learning_rate, weight_decay=self.config.weight_decay, betas=(0.9, 0.99))
-        return {"mom": torch.optim.AdamW(model.mom.parameters(), **settings)}
+        options = dict(lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay, betas=(0.9, 0.99))
+        return {"mom": torch.optim.AdamW(model.mom.parameters(), **options)}
 
     def losses(
         self, model: nn.Module, batch: dict, generator: torch.Generator
@@ -472,12 +472,12 @@ class MoMStage:
         kind = idm.config.prediction
         squared = (prediction - idm.diffusion.target(z_hr, noise, t, z_lr, kind)).square().flatten(1).mean(1)  # (B,)
         image_loss = (idm.diffusion.loss_weight(t, kind) * squared).mean()
-        loss = image_loss + self.config.text_weight * text_loss
+        loss = image_loss + self.settings.text_weight * text_loss
         logs = {"image": image_loss.detach(), "text": text_loss.detach()}
-        if self.config.ocr_weight:
+        if self.settings.ocr_weight:
             z_0, _ = idm.diffusion.to_z0_eps(prediction, z_t, t, z_lr, kind)
-            ocr = ocr_loss(model, z_0, tokens, t, self.config.ocr_lines)
-            loss, logs["ocr"] = loss + self.config.ocr_weight * ocr, ocr.detach()
+            ocr = ocr_loss(model, z_0, tokens, t, self.settings.ocr_lines)
+            loss, logs["ocr"] = loss + self.settings.ocr_weight * ocr, ocr.detach()
         written = tokens != PAD
         logs |= accuracy_by_third(log_p0.argmax(1) == classes, written, t, tdm.diffusion.timesteps)
         logs["accuracy_reader"] = (reading.best == reader_classes(model, tokens))[written].float().mean()

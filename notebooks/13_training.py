@@ -10,12 +10,12 @@
 # # 13 · Training: one loop for five networks
 #
 # **What you will build.** The loop that trains every network of this project, with everything that a long run needs:
-# averaged weights, checkpoints, exact resume, many processes; and the command `python -m difftsr.train`.
+# averaged weights, mixed precision, exact resume, many processes; and the command `python -m difftsr.train`.
 #
 # **What you will understand.** What each line of a training loop is for, why the averaged weights are the ones to keep,
 # how one loop serves a GAN and a diffusion model alike, and in which order the five networks are trained.
 #
-# **What it needs.** About half a minute and 1 GB of memory on two CPU cores.
+# **What it needs.** Lesson 12e, where what a run writes is built. One minute and 1.5 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/13_training.ipynb)
@@ -68,13 +68,14 @@ import hashlib
 import itertools
 import json
 import math
-import pickle
-import platform
 import random
 import signal
+import socket
 import sys
 import time
+import typing
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -82,26 +83,46 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from accelerate import Accelerator
+from accelerate import Accelerator, notebook_launcher
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from difftsr.dataset import make_loader, open_source
+from difftsr.dataset import make_loader, open_source, write_picture
 from difftsr.few_steps import FewStepStage, FewStepTraining
-from difftsr.idm import IDMStage, IDMTraining
+from difftsr.idm import IDMStage, IDMTraining, Prediction
 from difftsr.model import CONFIG, NETWORKS, PRESETS, DiffTSR, preset, read_config, weights_folder
 from difftsr.mom import MoMStage, MoMTraining
 from difftsr.recognizer import Reading, RecognizerStage, RecognizerTraining
+from difftsr.runs import (
+    Board,
+    Every,
+    average,
+    commit,
+    draw_curves,
+    hardware,
+    make_sheet,
+    newest_checkpoint,
+    read_card,
+    record,
+    remove_unfinished,
+    save_checkpoint,
+    versions,
+    write_card,
+    write_state,
+)
 from difftsr.tdm import TDMStage, TDMTraining
-from difftsr.text_lines import write_json, written_whole
+from difftsr.text_lines import write_json
 from difftsr.vae import VAEStage, VAETraining
 
 # %%
 import shutil
 
 import matplotlib.pyplot as plt
+
+from difftsr.model import has_weights
+from difftsr.runs import checkpoints
 
 # %% [markdown]
 # | symbol | in the code | meaning |
@@ -201,20 +222,27 @@ class TrainConfig:
     accumulate: int = 1  # shares that a process takes for one step
     learning_rate: float | None = None  # default from the stage
     init: str | None = None  # weights to start from: a name or a folder (no optimizer state)
+    prediction: Prediction | None = None  # idm from nothing: what the U-Net predicts; default from the preset
     resume: bool = False  # go on from the newest checkpoint of this stage in the output folder
-    checkpoint_every: int = 500  # steps between checkpoints
+    checkpoint_every: int | str = 500  # steps, or minutes ("10min"), between checkpoints
     keep: int = 2  # newest checkpoints that are kept
+    validation: str | None = None  # lines that are not trained on, named like --data; their loss is watched
+    validate_every: int | str = "10min"  # steps or minutes between looks at them, and between sheets of lines
+    result: Literal["last", "best"] = "last"  # the weights that are left: the last, or those of least validation loss
     seed: int = 0
     workers: int = 0  # processes that prepare batches
     cache: int = 0  # idm, tdm, mom: encode so many lines once and train on these (0: encode every batch anew)
     warmup: int = 200  # steps of linear warm-up
     schedule: Literal["cosine", "constant"] = "cosine"  # of the learning rate, after the warm-up
     ema: float = 0.999  # decay of the averaged weights, which are what is saved
-    clip: float = 1.0  # largest 2-norm of a gradient
+    clip: float = 1.0  # largest 2-norm of a gradient; inf: no limit
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    channels_last: bool = True  # how pictures lie in memory: faster convolutions, the same numbers
+    compile: bool = False  # torch.compile for the trained networks: minutes of waiting, then faster steps
+    tensorboard: bool = False  # scalars and sheets for TensorBoard, in the output folder
     bar: bool = True  # show progress
     report: tuple[Path, ...] = ()  # instead of training: draw the curves of these runs
-    overrides: dict[str, float] = field(default_factory=dict)  # further settings of the stage, by name
+    overrides: dict[str, float | str] = field(default_factory=dict)  # further settings of the stage, by name
 
     def folder(self) -> Path:
         """Where the run lives."""
@@ -264,7 +292,7 @@ for step_number, value in enumerate(naive_path):
     toy.weight.data.fill_(value)
     toy_ema.update({"toy": toy}, step_number)
     averaged_path.append(toy_ema.networks["toy"].weight.item())
-plt.figure(figsize=(6, 2.2))
+plt.figure(figsize=(4, 1.6))
 plt.plot(naive_path, label="weights")
 plt.plot(averaged_path, label="their average")
 plt.axhline(3, color="gray", linewidth=0.5)
@@ -293,7 +321,7 @@ def rate(progress: float, step: int, config: TrainConfig) -> float:
 # %%
 demo_run = TrainConfig(warmup=50)
 curve = [rate(k / 1000, k, demo_run) for k in range(1000)]
-plt.figure(figsize=(6, 1.8))
+plt.figure(figsize=(4, 1.5))
 plt.plot(curve)
 plt.xlabel("step of 1000")
 plt.ylabel("rate factor")
@@ -437,46 +465,6 @@ def latent_batches(
 
 
 # %% [markdown]
-# ## Checkpoints
-#
-# A checkpoint holds weights, averages, optimizers, the step and the history. It is written under a temporary name and
-# moved: a half-written one is never found. The place in the data and the random generators need no storing: what
-# share k sees, and the noise it draws, are functions of the seed and of k.
-
-# %%
-#| export
-
-# %%
-#| export
-def save_checkpoint(folder: Path, state: dict, keep: int) -> Path:
-    """Write `state` as step-N.pt, whole or not at all, and delete all but the newest `keep`."""
-    path = folder / f"step-{state['step']:08d}.pt"
-    with written_whole(path) as temporary:
-        torch.save(state, temporary)
-    for old in checkpoints(folder)[:-keep]:
-        old.unlink(missing_ok=True)
-    return path
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a stage, oldest first."""
-    return sorted(folder.glob("step-*.pt"))
-
-
-def newest_checkpoint(folder: Path, device: torch.device, say=print) -> dict | None:
-    """The newest checkpoint of a stage that can be read; one that the disk has damaged is named and passed over."""
-    for file in reversed(checkpoints(folder)):
-        try:
-            state = torch.load(file, map_location=device, weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            say(f"{file}: damaged ({str(error).splitlines()[0]}), the one before it is taken")
-            continue
-        say(f"goes on from {file} at step {state['step']}")
-        return state
-    return None
-
-
-# %% [markdown]
 # ## Where the weights come from
 
 # %%
@@ -497,7 +485,7 @@ def starting_model(config: TrainConfig, stage: str, say=print) -> DiffTSR:
             except ValueError:
                 if name == config.init:
                     raise
-    model = DiffTSR(preset(config.preset))
+    model = DiffTSR(starting_config(config, stage, sources))
     for network in NETWORKS:
         if network == stage:
             folders = [weights_folder(config.init)] if config.init else []
@@ -545,6 +533,25 @@ def take_alphabets(model: DiffTSR, config: TrainConfig, sources: list[Path], sta
 
 # %%
 #| export
+def starting_config(config: TrainConfig, stage: str, sources: list[Path]):
+    """The preset's settings, with what belongs to the weights of the image diffusion that will be used.
+
+    That is what the U-Net predicts, and how a restoration with it goes (steps, temperature, the gate's limit).
+    """
+    chosen = preset(config.preset)
+    kept = sources[:1] if stage != "idm" else [weights_folder(config.init)] if config.init else []
+    if kept and (kept[0] / "idm.safetensors").exists():
+        found, *_ = read_config(kept[0] / CONFIG)
+        idm = replace(chosen.idm, prediction=found.idm.prediction)
+        habits = {name: getattr(found, name) for name in ("steps", "temperature", "mismatch_limit")}
+        return replace(chosen, idm=idm, **habits)
+    if config.prediction:
+        return replace(chosen, idm=replace(chosen.idm, prediction=config.prediction))
+    return chosen
+
+
+# %%
+#| export
 def stage_settings(config: TrainConfig, stage: str):
     """The settings object of a stage: the preset's, with what the run overrides."""
     kind = STAGES[stage].training
@@ -556,16 +563,55 @@ def stage_settings(config: TrainConfig, stage: str):
     unknown = [name for name in changes if not hasattr(settings, name)]
     if unknown:
         raise ValueError(f"stage {stage} has no setting {', '.join(unknown)}; it has {', '.join(asdict(settings))}")
-    typed = {name: type(getattr(settings, name))(value) if isinstance(getattr(settings, name), int | float) else value
-             for name, value in changes.items()}  # fmt: skip
-    return replace(settings, **typed)
+    hints = typing.get_type_hints(kind)
+    return replace(settings, **{name: as_setting(name, value, hints[name]) for name, value in changes.items()})
+
+
+def as_setting(name: str, value: float | str, hint):
+    """A number or word from the command line as a setting of type `hint`; `ValueError` names what it cannot be."""
+    options = [hint] if not typing.get_args(hint) or typing.get_origin(hint) is tuple else typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        if value not in options:
+            raise ValueError(f"{name} cannot be {value}: there are {', '.join(options)}")
+        return value
+    kind = options[0]
+    try:
+        if typing.get_origin(kind) is tuple:  # "128,512"
+            inner = typing.get_args(kind)
+            parts = value if isinstance(value, tuple | list) else str(value).split(",")
+            return tuple(as_setting(name, part, one) for part, one in zip(parts, inner, strict=True))
+        if kind is bool and isinstance(value, str):
+            return {"true": True, "false": False}[value.lower()]
+        if kind is int and float(value) != int(float(value)):
+            raise ValueError
+        return kind(float(value)) if kind in (int, float, bool) else kind(value)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{name} cannot be {value}: it is {getattr(hint, '__name__', hint)}") from None
 
 
 # %% [markdown]
 # ## The loop
 #
-# Read `train_stage` with the list above beside it: the lines between `with accelerator.autocast()` and `ema.update` are
-# the naive loop, and everything around them is for runs that last.
+# Read `Trainer.take_step` and `take_share` with the list above beside them: they are the naive loop, and every line
+# that it did not have is one of these.
+#
+# | line | what it is for | without it |
+# |---|---|---|
+# | `stage.step, stage.progress` | a GAN or an OCR loss that sets in late | all losses at once, from noise |
+# | `rate(...)` | small steps while Adam knows no gradient, and at the end | spikes early, noise in the weights late |
+# | `set_generators(share_seed(...))` | the noise of a share depends on nothing but its number | no run can be repeated |
+# | `next(self.batches)` | the next lines; the time spent waiting here is counted | |
+# | `autocast()` | products in 16 bits where that is enough | twice the memory, on GPUs half the speed |
+# | `check(loss)` | stop before a NaN is in the weights, and keep the batch | a night of training on NaN |
+# | `scaler.scale(...)`, `unscale_`, `update` | fp16 ends at 6e-8: losses are multiplied, gradients divided | zeros, see below |
+# | `reduce_gradients` | all processes take one and the same step | weights that drift apart |
+# | `clip_grad_norm_` | one wild batch moves the weights no further than others | a jump, see below |
+# | `zero_grad` | gradients add up until somebody clears them | every step repeats all earlier ones |
+# | `ema.update` | the average of the last thousand weights | noisier weights, see below |
+# | `step_done` | what a stage learns about its own sampling, from all processes | processes that disagree |
+#
+# `fit` is what goes on around the steps: when to stop, what to tell, when to save. A trainer can be walked by hand in a
+# notebook, step by step; that is what we do with it below.
 
 # %%
 #| export
@@ -596,142 +642,359 @@ class StopRequest:
 
 # %%
 #| export
+class Trainer:
+    """One stage of a run. `take_step()` takes a step, `fit()` takes all of them and saves what comes out.
+
+    What changes from step to step is in the attributes that `state()` collects: that is a checkpoint.
+    """
+
+    def __init__(self, config: TrainConfig, stage_name: str, model: DiffTSR | None = None):
+        """Prepare the networks, optimizers and data of a stage; with `config.resume` from its newest checkpoint."""
+        self.config, self.name, self.run = config, stage_name, config.folder()
+        self.checkpoint_due, self.look_due = Every(config.checkpoint_every), Every(config.validate_every)
+        if config.result == "best" and config.validation is None:
+            raise ValueError("--result best compares losses on unseen lines: name some with --validation")
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
+        self.say = (tqdm.write if config.bar else print) if self.main else (lambda text: None)
+        set_seed(config.seed)  # every process begins with the same weights
+        self.run.mkdir(parents=True, exist_ok=True)
+        self.checkpoint_folder = self.run / "checkpoints" / stage_name
+        self.settings = stage_settings(config, stage_name)
+        self.model = starting_model(config, stage_name, self.say) if model is None else model
+        self.prepare_networks()
+        self.prepare_optimizers()
+        self.step, self.seconds = 0, 0.0
+        self.history, self.shown, self.validation, self.best = {}, {}, {}, math.inf
+        self.total = config.steps or (None if config.minutes else 20_000)
+        if config.resume:
+            self.resume()
+        self.waited = self.told_at = self.told_step = None  # for rates since the last row of the history
+        self.open_data()
+        folder = self.run / "tensorboard" / stage_name
+        self.board = Board(folder, self.step) if config.tensorboard and self.main else None
+
+    def prepare_networks(self) -> None:
+        """What is trained, what is frozen, and the averages."""
+        config, model = self.config, self.model
+        model.to(self.device).eval()
+        self.stage = STAGES[self.name].stage(self.settings, model)
+        if self.name in model.untrained and hasattr(self.stage, "initialise"):
+            self.stage.initialise(model)
+        model.to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+        self.auxiliary = {name: net.to(self.device) for name, net in getattr(self.stage, "auxiliary", {}).items()}
+        self.trained = {name: getattr(model, name) for name in self.stage.trains}
+        for name, network in model.networks().items():
+            network.requires_grad_(name in self.trained).train(name in self.trained)
+        self.ema = EMA(self.trained, config.ema)
+        if config.compile:
+            for network in self.trained.values():
+                compile_parts(network)
+
+    def prepare_optimizers(self) -> None:
+        """Optimizers with the rates that they begin with, reduced precision, and the stage's random numbers."""
+        self.optimizers = self.stage.optimizers(self.model)
+        groups = {name: optimizer.param_groups for name, optimizer in self.optimizers.items()}
+        self.base_rates = {name: [group["lr"] for group in of] for name, of in groups.items()}
+        self.parameters = {name: [p for group in of for p in group["params"]] for name, of in groups.items()}
+        self.reduced = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.mixed_precision]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.reduced is torch.float16)
+        self.generator = torch.Generator(self.device)
+
+    def open_data(self) -> None:
+        """Batches from the share on that comes next, and the lines that are looked at but not trained on."""
+        config, size, shares = self.config, self.settings.batch_size, self.step * self.config.accumulate
+        shape = self.model.alphabet, self.model.config.image_size
+        self.dataset = open_source(config.data, *shape, seed=config.seed)
+        if config.cache and STAGES[self.name].seen == "latents":
+            with self.accelerator.main_process_first():
+                folder = self.run / "cache"
+                cache = CachedLatents.build(
+                    folder, self.model, self.dataset, config.cache, config.seed, data=config.data
+                )
+            self.batches = latent_batches(cache, size, config.seed, shares, self.rank, self.world)
+        else:
+            self.batches = make_loader(
+                self.dataset, size, seed=config.seed, workers=config.workers, start=shares,
+                rank=self.rank, world=self.world,
+            )  # fmt: skip
+        self.unseen = open_source(config.validation, *shape, seed=config.seed + 1) if config.validation else None
+
+    # --- one step ---
+
+    @property
+    def progress(self) -> float:
+        """How much of the run is done, 0 to 1: by steps, or by time, whichever is further."""
+        by_clock = self.seconds / 60 / self.config.minutes if self.config.minutes else 0.0
+        return max(by_clock, self.step / self.total if self.total else 0.0)
+
+    def take_step(self) -> None:
+        """One step of every optimizer that the stage uses."""
+        self.stage.step, self.stage.progress = self.step, self.progress
+        factor, used = rate(self.progress, self.step, self.config), set()
+        for name, optimizer in self.optimizers.items():
+            for group, base in zip(optimizer.param_groups, self.base_rates[name], strict=True):
+                group["lr"] = base * factor
+        for turn in range(self.config.accumulate):
+            used |= self.take_share((self.step * self.config.accumulate + turn) * self.world + self.rank)
+        for name in sorted(used):
+            reduce_gradients(self.accelerator, self.parameters[name])
+            self.scaler.unscale_(self.optimizers[name])
+            norm = nn.utils.clip_grad_norm_(self.parameters[name], self.config.clip)
+            self.check(norm, "gradient")
+            average(self.shown, {"norm" if name in self.trained else f"norm_{name}": norm})
+            self.scaler.step(self.optimizers[name])  # not taken where fp16 has made a gradient infinite
+            self.optimizers[name].zero_grad(set_to_none=True)
+        self.scaler.update()
+        self.ema.update(self.trained, self.step)
+        if hasattr(self.stage, "step_done"):
+            self.stage.step_done(self.accelerator.gather)
+        self.step += 1
+
+    def take_share(self, share: int) -> set[str]:
+        """Add the gradients of one share; returns the names of the optimizers that they are for."""
+        set_generators(share_seed(self.config.seed, share), self.generator)
+        waiting = time.monotonic()
+        self.batch = to_device(next(self.batches), self.device)
+        self.waited = (self.waited or 0.0) + time.monotonic() - waiting
+        used = set()
+        with self.autocast():
+            for loss, name, logs in self.stage.losses(self.model, self.batch, self.generator):
+                self.check(loss, "loss")
+                self.scaler.scale(loss / self.config.accumulate).backward()
+                used.add(name)
+                average(self.shown, {"loss" if name in self.trained else name: loss.detach(), **logs})
+        return used
+
+    def autocast(self) -> torch.autocast:
+        """Where mixed precision is on, matrix products and convolutions in 16 bits."""
+        return torch.autocast(self.device.type, self.reduced or torch.bfloat16, enabled=self.reduced is not None)
+
+    def check(self, value: Tensor, what: str) -> None:
+        """Stop at a number that is not finite, before it is in the weights; the batch is kept for inspection.
+
+        An infinite gradient under fp16 is how the scaler learns its scale, and no error.
+        """
+        if torch.isfinite(value) or (what == "gradient" and self.scaler.is_enabled()):
+            return
+        file = self.run / f"{self.name}-bad-batch.pt"
+        torch.save(batch_for_inspection(self.batch), file)
+        raise FloatingPointError(f"{self.name}: {what} {value.item()} at step {self.step}; the batch is in {file}")
+
+    # --- all steps ---
+
+    def fit(self) -> dict:
+        """Train to the end of the run, from wherever it stands; save the averaged weights. Returns the history."""
+        self.say(describe(self))
+        started, self.told_at, self.told_step = time.monotonic() - self.seconds, time.monotonic(), self.step
+        self.look_due.last = self.checkpoint_due.last = self.seconds
+        silent = not (self.config.bar and self.main)
+        bar = tqdm(total=self.total, initial=self.step, desc=self.name, unit="step", disable=silent)
+        with StopRequest() as stop, bar:
+            while True:
+                # every process must leave at the same step, and a clock and a signal are each process's own
+                self.seconds, asked = agreed(self.accelerator, time.monotonic() - started, stop.asked)
+                if asked or self.progress >= 1:
+                    break
+                self.take_step()
+                bar.update()
+                if self.step % 20 == 0 or self.step == self.total:
+                    self.tell(bar)
+                if self.look_due.due(self.step, self.seconds):
+                    self.look()
+                if self.checkpoint_due.due(self.step, self.seconds) and self.step != self.total:
+                    self.save(must=False)
+            if not asked:
+                self.look()
+            self.save()
+        if asked:
+            self.say(f"{self.name}: stopped at step {self.step}; --resume goes on")
+            raise SystemExit(128 + asked)
+        self.finish()
+        return self.history
+
+    def finish(self) -> None:
+        """Put the averaged weights (the last, or the best) into the model, and write it, the card and the curves."""
+        kept = {name: net.state_dict() for name, net in self.ema.networks.items()}
+        if self.config.result == "best" and self.best < math.inf:
+            kept = torch.load(self.checkpoint_folder / "best.pt", map_location=self.device, weights_only=True)["ema"]
+        for name, averaged in kept.items():
+            self.trained[name].load_state_dict(averaged)
+        self.model.eval().requires_grad_(False)
+        if hasattr(self.stage, "finish"):
+            finishing = make_loader(self.dataset, self.settings.batch_size, seed=self.config.seed + 1)
+            self.stage.finish(self.model, (to_device(batch, self.device) for batch in finishing))
+        if not self.main:
+            return
+        self.model.untrained = [name for name in self.model.untrained if name not in self.trained]
+        self.model.save(self.run / "weights")
+        self.write_card(finished=True)
+        where = f"weights in {self.run / 'weights'}, history in {self.run / 'run.json'}"
+        self.say(f"{self.name}: {self.step} steps done; {where}")
+        try:
+            self.say(f"curves in {draw_curves([self.run], self.run / 'report.png')}")
+        except ModuleNotFoundError:
+            self.say("curves: not drawn, matplotlib is missing (the extra evaluate brings it)")
+
+    # --- telling ---
+
+    def tell(self, bar: tqdm) -> None:
+        """One row of the history, on the bar and for TensorBoard."""
+        now, config = time.monotonic(), self.config
+        spent, lines_a_step = max(now - self.told_at, 1e-9), self.settings.batch_size * config.accumulate * self.world
+        pace = (self.step - self.told_step) * lines_a_step / spent
+        numbers = {key: float(value) for key, value in self.shown.items()}
+        numbers |= {"lines_per_second": round(pace, 2), "waiting": round((self.waited or 0.0) / spent, 4)}
+        if self.scaler.is_enabled():
+            numbers["scale"] = self.scaler.get_scale()
+        self.told_at, self.told_step, self.waited = now, self.step, 0.0
+        row = {"step": self.step, "seconds": round(self.seconds, 2), "lines": self.step * lines_a_step}
+        record(self.history, {**row, **numbers})
+        left = {"minutes left": f"{config.minutes - self.seconds / 60:.1f}"} if config.minutes else {}
+        bar.set_postfix({"loss": f"{numbers['loss']:.4f}", "lines/s": f"{pace:.1f}", **left})
+        if self.board:
+            rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
+            self.board.scalars({**numbers, **{f"rate_{name}": value for name, value in rates.items()}}, self.step)
+
+    def look(self) -> None:
+        """With the averaged weights: the loss on unseen lines, the best checkpoint so far, and a sheet of lines."""
+        if not self.main or (self.validation.get("step") or [0])[-1] == self.step:
+            return
+        with self.averaged(), torch.no_grad():
+            if self.unseen is not None:
+                numbers = self.validate()
+                record(self.validation, {"step": self.step, **numbers})
+                if numbers["loss"] < self.best:
+                    self.best = numbers["loss"]
+                    self.keep_best()
+                if self.board:
+                    self.board.scalars(numbers, self.step, "validation")
+            lines = self.unseen if self.unseen is not None else self.dataset
+            batch = to_device(next(make_loader(lines, 4, seed=self.config.seed + 2)), self.device)
+            trained = {name for name in NETWORKS if name not in self.model.untrained} | set(self.trained)
+            sheet = make_sheet(self.model, batch, trained)
+        write_picture(self.run / "sheets" / f"{self.name}-{self.step:08d}.png", sheet.image)
+        if self.board:
+            self.board.sheet(sheet, self.step)
+
+    def validate(self, batches: int = 4) -> dict[str, float]:
+        """The stage's losses on some batches of unseen lines: always the same lines, and the same random numbers.
+
+        What sets in late in a run (a GAN, the OCR loss) is left out, so that all numbers of a run can be compared.
+        """
+        self.stage.step, self.stage.progress, found = -1, 0.0, {}
+        loader = make_loader(self.unseen, self.settings.batch_size, seed=self.config.seed)
+        for number, batch in zip(range(batches), loader):
+            set_generators(share_seed(self.config.seed, number), self.generator)
+            for loss, _, logs in self.stage.losses(self.model, to_device(batch, self.device), self.generator):
+                for key, value in {**logs, "loss": loss}.items():
+                    found.setdefault(key, []).append(float(value))
+        return {key: float(np.mean(values)) for key, values in found.items()}
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model's trained networks are their averages."""
+        try:
+            for name, net in self.ema.networks.items():
+                setattr(self.model, name, net)
+            yield
+        finally:
+            for name, net in self.trained.items():
+                setattr(self.model, name, net)
+
+    def write_card(self, finished: bool = False) -> None:
+        """This stage's part of run.json."""
+        plain = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self.config).items()}
+        about = {
+            "finished": finished, "config": plain | {"report": []}, "settings": asdict(self.settings),
+            "seeds": {"run": self.config.seed, "share": "numpy.random.SeedSequence([run, share])"},
+            "steps": self.step, "minutes": round(self.seconds / 60, 2), "versions": versions(), "commit": commit(),
+            "hardware": hardware(self.device, self.world), "history": self.history, "validation": self.validation,
+        }  # fmt: skip
+        if hasattr(self.stage, "summary"):
+            about |= self.stage.summary()
+        write_card(self.run, self.name, about)
+
+    # --- checkpoints ---
+
+    def state(self) -> dict:
+        """Everything that cannot be computed again."""
+        parts = {
+            "networks": self.trained, "ema": self.ema.networks, "auxiliary": self.auxiliary,
+            "optimizers": self.optimizers,
+        }  # fmt: skip
+        return {
+            "step": self.step, "seconds": self.seconds, "history": self.history, "validation": self.validation,
+            "best": self.best, "shown": {key: float(value) for key, value in self.shown.items()},
+            "scaler": self.scaler.state_dict(),
+            **{kind: {name: part.state_dict() for name, part in of.items()} for kind, of in parts.items()},
+        }  # fmt: skip
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint that can be read, if there is one."""
+        if self.main:
+            remove_unfinished(self.checkpoint_folder)
+        state = newest_checkpoint(self.checkpoint_folder, self.device, self.say)
+        if state is None:
+            return
+        for name in self.trained:
+            self.trained[name].load_state_dict(state["networks"][name])
+            self.ema.networks[name].load_state_dict(state["ema"][name])
+        for name, net in self.auxiliary.items():
+            net.load_state_dict(state["auxiliary"][name])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
+        self.validation, self.best = state.get("validation", {}), state.get("best", math.inf)
+        self.shown = {key: torch.tensor(value) for key, value in state.get("shown", {}).items()}
+        self.scaler.load_state_dict(state.get("scaler", {}))
+
+    def save(self, must: bool = True) -> None:
+        """Write a checkpoint and the card. A full disk stops a run only where nothing comes after (`must`)."""
+        if not self.main:
+            return
+        try:
+            save_checkpoint(self.checkpoint_folder, self.state(), self.config.keep)
+            self.write_card()
+        except OSError as error:
+            if must:
+                raise
+            self.say(f"{self.name}, step {self.step}: {error}; training goes on")
+
+    def keep_best(self) -> None:
+        """Write the averaged weights as best.pt."""
+        averaged = {name: net.state_dict() for name, net in self.ema.networks.items()}
+        try:
+            write_state(self.checkpoint_folder / "best.pt", {"step": self.step, "loss": self.best, "ema": averaged})
+        except OSError as error:
+            self.say(f"{self.name}, step {self.step}: {error}; training goes on")
+
+
+# %%
+#| export
 def train_stage(config: TrainConfig, stage_name: str, model: DiffTSR | None = None) -> dict:
     """Train one stage from its start, or from its newest checkpoint, to its end; save the averaged weights.
 
     Returns the history: a dict of lists (step, seconds, lines, and every logged number). Raises `FloatingPointError`
-    at a non-finite loss, after saving the batch that gave it.
+    at a loss or gradient that is not finite, after saving the batch that gave it, and `OSError` where the last
+    checkpoint cannot be written.
     """
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available())
-    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    say = (tqdm.write if config.bar else print) if accelerator.is_main_process else (lambda text: None)
-    set_seed(config.seed)  # every process begins with the same weights
-    run = config.folder()
-    run.mkdir(parents=True, exist_ok=True)
-    if model is None:
-        model = starting_model(config, stage_name, say)
-    model.to(device).eval()
-    settings = stage_settings(config, stage_name)
-    stage = STAGES[stage_name].stage(settings, model)
-    if model.untrained and stage_name in model.untrained and hasattr(stage, "initialise"):
-        stage.initialise(model)
-    auxiliary = {name: net.to(device) for name, net in getattr(stage, "auxiliary", {}).items()}
-    trained = {name: getattr(model, name) for name in stage.trains}
-    for name, network in model.networks().items():
-        network.requires_grad_(name in trained).train(name in trained)
-    optimizers = {name: accelerator.prepare(opt) for name, opt in stage.optimizers(model).items()}
-    base_rates = {name: [group["lr"] for group in opt.param_groups] for name, opt in optimizers.items()}
-    ema = EMA(trained, config.ema)
-    generator = torch.Generator(device)
+    return Trainer(config, stage_name, model).fit()
 
-    size, batch_size = model.config.image_size, settings.batch_size
-    lines_a_step = batch_size * config.accumulate * world
-    total = config.steps or (None if config.minutes else 20_000)
-    step, seconds, history = 0, 0.0, {}
-    checkpoint_folder = run / "checkpoints" / stage_name
-    state = newest_checkpoint(checkpoint_folder, device, say) if config.resume else None
-    if state is not None:
-        for name in trained:
-            trained[name].load_state_dict(state["networks"][name])
-            ema.networks[name].load_state_dict(state["ema"][name])
-        for name, net in auxiliary.items():
-            net.load_state_dict(state["auxiliary"][name])
-        for name, opt in optimizers.items():
-            opt.load_state_dict(state["optimizers"][name])
-        step, seconds, history = state["step"], state["seconds"], state["history"]
 
-    dataset = open_source(config.data, model.alphabet, size, seed=config.seed)
-    if config.cache and STAGES[stage_name].seen == "latents":
-        with accelerator.main_process_first():
-            cache = CachedLatents.build(run / "cache", model, dataset, config.cache, config.seed, data=config.data)
-        batches = latent_batches(cache, batch_size, config.seed, step * config.accumulate, rank, world)
-    else:
-        batches = make_loader(
-            dataset, batch_size, seed=config.seed, workers=config.workers, start=step * config.accumulate,
-            rank=rank, world=world,
-        )  # fmt: skip
+# %%
+#| export
+def compile_parts(network: nn.Module) -> None:
+    """Compile, in place, the parts of a network that are called as functions. Names of weights stay as they are.
 
-    def save() -> None:
-        if accelerator.is_main_process:
-            state = {
-                "step": step, "seconds": seconds, "history": history,
-                "networks": {name: net.state_dict() for name, net in trained.items()},
-                "ema": {name: net.state_dict() for name, net in ema.networks.items()},
-                "auxiliary": {name: net.state_dict() for name, net in auxiliary.items()},
-                "optimizers": {name: opt.state_dict() for name, opt in optimizers.items()},
-            }  # fmt: skip
-            save_checkpoint(checkpoint_folder, state, config.keep)
-
-    parameters = {name: [p for g in opt.param_groups for p in g["params"]] for name, opt in optimizers.items()}
-    say(describe(config, stage_name, model, settings, total))
-    shown, started, first_step = {}, time.monotonic() - seconds, step
-    first_seconds = seconds
-    silent = not (config.bar and accelerator.is_main_process)
-    bar = tqdm(total=total, initial=step, desc=stage_name, unit="step", disable=silent)
-    with StopRequest() as stop, bar:
-        while True:
-            # every process must leave at the same step, and a clock and a signal are each process's own
-            seconds, asked = agreed(accelerator, time.monotonic() - started, stop.asked)
-            if asked:
-                break
-            progress = seconds / 60 / config.minutes if config.minutes else 0.0
-            progress = max(progress, step / total if total else 0.0)
-            if progress >= 1:
-                break
-            stage.progress = progress
-            factor = rate(progress, step, config)
-            for name, opt in optimizers.items():
-                for group, base in zip(opt.param_groups, base_rates[name], strict=True):
-                    group["lr"] = base * factor
-            used = set()
-            for turn in range(config.accumulate):
-                share = (step * config.accumulate + turn) * world + rank
-                set_generators(share_seed(config.seed, share), generator)
-                batch = to_device(next(batches), device)
-                with accelerator.autocast():
-                    for loss, name, logs in stage.losses(model, batch, generator):
-                        if not torch.isfinite(loss):
-                            file = run / f"{stage_name}-bad-batch.pt"
-                            torch.save(batch_for_inspection(batch), file)
-                            raise FloatingPointError(
-                                f"{stage_name}: loss {loss.item()} at step {step}; the batch is in {file}"
-                            )
-                        accelerator.backward(loss / config.accumulate)
-                        used.add(name)
-                        average(shown, {"loss" if name in trained else name: loss.detach(), **logs})
-            for name in sorted(used):
-                reduce_gradients(accelerator, parameters[name])
-                average(shown, {"norm": accelerator.clip_grad_norm_(parameters[name], config.clip)})
-                optimizers[name].step()
-                optimizers[name].zero_grad(set_to_none=True)
-            ema.update(trained, step)
-            step += 1
-            bar.update()
-            if step % 20 == 0 or step == total:
-                numbers = {key: float(value) for key, value in shown.items()}
-                pace = (step - first_step) * lines_a_step / (time.monotonic() - started - first_seconds)
-                record(history, {"step": step, "seconds": round(seconds, 2), "lines": step * lines_a_step, **numbers})
-                left = {"minutes left": f"{config.minutes - seconds / 60:.1f}"} if config.minutes else {}
-                bar.set_postfix({"loss": f"{numbers['loss']:.4f}", "lines/s": f"{pace:.1f}", **left})
-            if step % config.checkpoint_every == 0:
-                save()
-    seconds = time.monotonic() - started
-    save()
-    if asked:
-        say(f"{stage_name}: stopped at step {step}; --resume goes on")
-        raise SystemExit(128 + asked)
-    for name, averaged in ema.networks.items():
-        trained[name].load_state_dict(averaged.state_dict())
-    model.eval().requires_grad_(False)
-    if hasattr(stage, "finish"):
-        finishing = make_loader(dataset, batch_size, seed=config.seed + 1)
-        stage.finish(model, (to_device(batch, device) for batch in finishing))
-    if accelerator.is_main_process:
-        model.untrained = [name for name in model.untrained if name not in trained]
-        model.save(run / "weights")
-        write_run_card(run, config, stage_name, settings, step, seconds, history)
-        say(f"{stage_name}: {step} steps done; weights in {run / 'weights'}, history in {run / 'run.json'}")
-    return history
+    Whole networks would do no good: the stages use their methods, and only calls of modules are compiled.
+    """
+    for part in network.children():
+        if isinstance(part, nn.ModuleList | nn.ModuleDict):
+            compile_parts(part)
+        elif any(True for _ in part.parameters()):
+            part.compile()
 
 
 # %%
@@ -763,54 +1026,17 @@ def batch_for_inspection(batch: dict) -> dict:
     return {key: value for key, value in batch.items() if isinstance(value, Tensor | list)}
 
 
-def average(shown: dict, logs: dict, weight: float = 0.05) -> None:
-    """Running means of logged numbers, for the bar and the history."""
-    for key, value in logs.items():
-        value = torch.as_tensor(value, dtype=torch.float32).detach()
-        if key not in shown or not torch.isfinite(shown[key]):
-            shown[key] = value
-        elif torch.isfinite(value):
-            shown[key] = shown[key] + weight * (value - shown[key])
-
-
-def record(history: dict, numbers: dict) -> None:
-    """Append one row of numbers to the history; a number that comes late is padded with None."""
-    rows = len(history.get("step", []))
-    for key, value in numbers.items():
-        history.setdefault(key, [None] * rows).append(value)
-    for key in history.keys() - numbers.keys():
-        history[key].append(None)
-
-
 # %%
 #| export
-def describe(config: TrainConfig, stage: str, model: DiffTSR, settings, total: int | None) -> str:
+def describe(trainer: Trainer) -> str:
     """What a run is about to do, in a few lines."""
-    until = f"{config.minutes:g} minutes" if config.minutes else f"{total} steps"
-    count = sum(p.numel() for name in STAGES[stage].stage.trains for p in getattr(model, name).parameters()) / 1e6
+    config = trainer.config
+    until = f"{config.minutes:g} minutes" if config.minutes else f"{trainer.total} steps"
+    count = sum(p.numel() for network in trainer.trained.values() for p in network.parameters()) / 1e6
     return (
-        f"stage {stage} of preset {config.preset}: {count:.2f} M parameters, until {until}, "
-        f"batches of {settings.batch_size} lines from {config.data}, into {config.folder()}"
+        f"stage {trainer.name} of preset {config.preset}: {count:.2f} M parameters, until {until}, "
+        f"batches of {trainer.settings.batch_size} lines from {config.data}, into {config.folder()}"
     )
-
-
-# %%
-#| export
-def write_run_card(
-    run: Path, config: TrainConfig, stage: str, settings, steps: int, seconds: float, history: dict
-) -> None:
-    """Add this stage to run.json: settings, versions, hardware, history."""
-    path = run / "run.json"
-    card = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"stages": {}}
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
-    card["stages"][stage] = {
-        "config": plain | {"report": []}, "settings": asdict(settings), "steps": steps,
-        "minutes": round(seconds / 60, 2), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        "history": history,
-    }  # fmt: skip
-    write_json(path, card)
 
 
 # %% [markdown]
@@ -840,21 +1066,181 @@ first, second = (torch.load(file, weights_only=True)["ema"]["recognizer"] for fi
 assert all(torch.equal(first[name], second[name]) for name in first)
 print(f"{len(first)} tensors, all equal to the last bit")
 
+
 # %% [markdown]
-# ## Curves of the committed weights
+# ## Leave something out
 #
-# The weights that come with the project bring the history of their training, `run.json`.
+# Three lines of the loop, left out one after the other. Each experiment walks a tiny trainer by hand, some seconds
+# long.
+#
+# **No average.** The recogniser of the tiny preset at a constant rate. `validate` reads lines that were not trained on,
+# always the same ones; once with the weights as they are, once inside `averaged()`.
+
+# %%
+def tiny_run(stage, name, **options):
+    """Settings of a small run for the experiments below."""
+    common = dict(preset="tiny", steps=60, batch_size=8, warmup=5, seed=2, bar=False, schedule="constant")
+    return TrainConfig(stage, output=folder / name, **common | options)
+
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+walked, raw, mean = Trainer(tiny_run("recognizer", "ema", ema=0.9, validation="synthetic"), "recognizer"), [], []
+for number in range(48):
+    walked.take_step()
+    if number >= 24 and number % 3 == 0:
+        with torch.no_grad():
+            raw.append(walked.validate()["loss"])
+            with walked.averaged():
+                mean.append(walked.validate()["loss"])
+
+# %%
+plt.figure(figsize=(4, 1.5))
+plt.plot(range(24, 48, 3), raw, label="weights")
+plt.plot(range(24, 48, 3), mean, label="their average")
+plt.legend()
+plt.xlabel("step")
+plt.ylabel("held-out loss")
+plt.show()
+assert np.abs(np.diff(mean)).mean() < np.abs(np.diff(raw)).mean()
+
+
+# %% [markdown]
+# The weights jump from look to look; their average goes down calmly. It costs one pass over the weights a step.
+#
+# **No clipping.** The number of the beginning again, and one batch whose measurements are a thousand times too large,
+# as a file with a broken header may be. The loss of that batch is huge either way. What matters is where the weight is
+# after it.
+
+# %%
+def path_of(clip, steps=150, bad=75):
+    """Where the guess stands after each step of SGD, one batch being a thousand times too large."""
+    generator = torch.Generator().manual_seed(0)
+    guess, path = nn.Parameter(torch.zeros(())), []
+    optimizer = torch.optim.SGD([guess], lr=0.05)
+    for step in range(steps):
+        measured = (3 + torch.randn(4, generator=generator)) * (1000 if step == bad else 1)
+        (guess - measured).square().mean().backward()
+        nn.utils.clip_grad_norm_([guess], clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        path.append(guess.item())
+    return path
+
+
+# %%
+paths = {"clipped": path_of(1.0), "not clipped": path_of(math.inf)}
+plt.figure(figsize=(4, 1.5))
+for name, path in paths.items():
+    plt.plot(path, label=name)
+plt.yscale("symlog")
+plt.legend()
+plt.xlabel("step")
+plt.show()
+assert abs(paths["clipped"][-50] - 3) < 1 < abs(paths["not clipped"][80] - 3)
+
+
+# %% [markdown]
+# With plain SGD, as here, one batch throws the weights far away. Adam divides by the length of past gradients, which
+# hides the blow and has its own ailment: for a thousand steps after it, every step is far too short.
+#
+# **fp16 without scaling.** Half precision has nothing below $6 \cdot 10^{-8}$, and the mean over all numbers of 16 lines
+# gives each of them a gradient smaller than that. So the loss is multiplied by a large number before the gradients are
+# taken, and they are divided by it after. How many are exactly zero, by the size of that number?
+
+# %%
+def zeros(scale):
+    """Share of the gradients at 16 lines in float16 that are zero when a squared error is scaled so."""
+    picture = (0.02 * torch.randn(16, 3, 128, 512, generator=torch.Generator().manual_seed(0))).half().requires_grad_()
+    (scale * picture.float().square().mean()).backward()
+    return (picture.grad == 0).float().mean().item()
+
+
+# %%
+powers = range(0, 17, 2)
+lost = [100 * zeros(2.0**power) for power in powers]
+plt.figure(figsize=(4, 1.5))
+plt.plot(powers, lost, "o-", markersize=3)
+plt.xlabel("log2 of the scale")
+plt.ylabel("% zero")
+plt.show()
+assert lost[0] > 90 > 1 > lost[-1]
+
+# %% [markdown]
+# Without a scale nearly nothing is learned, and nothing says so: the loss is finite, and it stays where it is. bf16 has
+# the range of float32 and needs no scale. `GradScaler` finds its number by itself: it starts at $2^{16}$, halves it
+# whenever a gradient overflows (that step is left out), and doubles it after 2,000 good steps.
+
+# %% [markdown]
+# ## A second optimizer sets in
+#
+# The VAE's patch GAN (lesson 04) begins at a step of the run, when there is something to judge. Here it judges the
+# committed VAE from step 8 on: a learning critic, and the adaptive weight that makes it pull on the decoder's last
+# layer as hard as L1 and LPIPS do together (times 1/2).
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+known = DiffTSR.from_pretrained("classroom") if has_weights("classroom") else DiffTSR(preset("classroom"))
+gan = {"disc_start": 8, "crop": "64,64"}
+settings = tiny_run("vae", "gan", preset="classroom", learning_rate=1e-4, batch_size=4, overrides=gan)
+walked, told = Trainer(settings, "vae", known), []
+for _ in range(24):
+    walked.shown.clear()
+    walked.take_step()
+    told.append({key: float(value) for key, value in walked.shown.items()})
+
+# %%
+figure, panels = plt.subplots(1, 2, figsize=(5, 1.5), layout="constrained")
+for panel, name in zip(panels, ("d_weight", "disc_loss")):
+    panel.plot([row.get(name, np.nan) for row in told])
+    panel.axvline(8, color="gray", linewidth=0.5)
+    panel.set(title=name, xlabel="step", xlim=(0, 24))
+plt.show()
+assert all(("d_weight" in row) == (step >= 8) for step, row in enumerate(told))
+
+# %% [markdown]
+# ## How to read the curves
+#
+# The weights that come with the project bring the history of their training, `run.json`;
+# `python -m difftsr.train --report RUN` draws any.
+#
+# - **The loss falls, then creeps**: as it should. In diffusion most of it is noise that nobody can predict: look at
+#   `gain_db` (how much closer to the truth one step comes than the input is), and at the sheets.
+# - **The held-out loss turns up** while the other falls: the run has learned its lines by heart. More lines, or
+#   `--result best`.
+# - **The gradient norm** should sink or stay. Spikes that clipping catches are harmless; a norm that climbs for a
+#   hundred steps announces a NaN: lower the rate.
+# - **`waiting`** is the share of the time in which the step had no data. Over a few percent, raise `--workers`, or
+#   render the lines first (`python -m difftsr.dataset --pool`), or `--cache` their latents.
+# - **`scale`** (fp16) halves at an overflow and doubles when there was none for 2,000 steps. A scale that falls to 1
+#   says that fp16 does not suit this network.
 
 # %%
 card_file = Path("../data/weights/classroom/run.json")
 card = json.loads((card_file if card_file.exists() else through.output / "run.json").read_text())
 print("the committed weights" if card_file.exists() else "the tiny run above")
-figure, panels = plt.subplots(1, len(card["stages"]), figsize=(3 * len(card["stages"]), 2.4), squeeze=False)
+figure, panels = plt.subplots(1, len(card["stages"]), figsize=(2 * len(card["stages"]), 1.7), squeeze=False)
 for panel, (name, of_stage) in zip(panels[0], card["stages"].items(), strict=True):
     panel.plot(of_stage["history"]["step"], of_stage["history"]["loss"])
     panel.set(title=f"{name}, {of_stage['minutes']:.0f} min", xlabel="step")
 figure.tight_layout()
 plt.show()
+
+# %% [markdown]
+# ## What it costs
+#
+# Measured with `python tests/bench_train.py overhead` on one core (AMD EPYC, one thread; data/benchmarks/train.json), the
+# classroom preset, this loop and a plain one in turns on the same batches: the median ratio of a step's time is 0.92 for
+# the IDM (16 lines, 3.5 s) and 0.98 for the TDM (64 lines, 3.0 s). Processes, checks, generators and averages (8 ms a
+# step for the IDM) are lost in the noise of the machine.
+#
+# A profile of one IDM step (`bench_train.py profile`) says why: 30 % is the backward pass of convolutions, 26 % their
+# forward pass, 13 % matrix products, and nothing else reaches 4 %. All of it is the networks' own work, so there is
+# nothing to win in the loop; what can be saved is work that need not be done again: `--cache N` encodes N lines once
+# and spares the two passes of the VAE's encoder and the reader in every step (`bench_train.py stages`, on a shared
+# machine: 4.9 lines a second instead of 2.3), `--workers` takes rendering and
+# degrading out of the way, and pictures lie in memory channels last. Steps of the paper's networks, one line each,
+# are in data/benchmarks/official.json.
 
 # %%
 shutil.rmtree(folder)
@@ -871,7 +1257,7 @@ def train(config: TrainConfig) -> dict[str, dict]:
         raise ValueError(f"preset {config.preset!r}: unknown; there are {', '.join(PRESETS)}")
     names = list(STAGES) if config.stage == "all" else [config.stage]
     if config.stage == "all" and (config.folder() / "run.json").exists():
-        done = json.loads((config.folder() / "run.json").read_text(encoding="utf-8"))["stages"]
+        done = [name for name, about in read_card(config.folder()).items() if about.get("finished", True)]
         names = [name for name in names if name not in done]
     histories = {}
     for name in names:
@@ -879,33 +1265,15 @@ def train(config: TrainConfig) -> dict[str, dict]:
     return histories
 
 
-# %%
-#| export
-def report(runs: tuple[Path, ...]) -> Path:
-    """Draw the curves of one or several runs, a panel a stage, into report.png of the first; returns its path."""
-    import matplotlib
+def launch(config: TrainConfig, processes: int = 1) -> None:
+    """`train(config)` from a notebook, in as many processes (one a GPU); what they leave lies in `config.folder()`.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    cards = {}
-    for run in runs:
-        if not (run / "run.json").exists():
-            raise ValueError(f"{run}: holds no run.json; name the output folder of a finished stage")
-        cards[run.name] = json.loads((run / "run.json").read_text(encoding="utf-8"))["stages"]
-    stages = [name for name in STAGES if any(name in card for card in cards.values())]
-    figure, panels = plt.subplots(1, len(stages), figsize=(4.2 * len(stages), 3.2), squeeze=False)
-    for panel, stage in zip(panels[0], stages, strict=True):
-        for name, card in cards.items():
-            if stage in card:
-                panel.plot(card[stage]["history"]["step"], card[stage]["history"]["loss"], label=name)
-        panel.set(title=stage, xlabel="step", ylabel="loss (running mean)")
-        panel.legend()
-    figure.tight_layout()
-    path = runs[0] / "report.png"
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+    With several, this must be the first training of the kernel: processes are copied from it as it is.
+    """
+    with socket.socket() as free:  # the processes meet at a port that nobody uses
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    notebook_launcher(train, (config,), num_processes=processes, use_port=str(port))
 
 
 # %%
@@ -915,10 +1283,10 @@ def main(arguments: list[str] | None = None) -> int:
     config = tyro.cli(TrainConfig, args=arguments, prog="python -m difftsr.train")
     try:
         if config.report:
-            print(report(config.report))
+            print(draw_curves(config.report, config.report[0] / "report.png"))
         else:
             train(config)
-    except (ValueError, FloatingPointError, ModuleNotFoundError) as error:
+    except (ValueError, FloatingPointError, ModuleNotFoundError, OSError) as error:
         print(f"difftsr.train: {error}", file=sys.stderr)
         return 2
     return 0
@@ -930,6 +1298,23 @@ if __name__ == "__main__" and "__file__" in globals():
     raise SystemExit(main())
 
 # %% [markdown]
+# ## On a bigger machine
+#
+# The same command, more of everything. A run folder can be copied to another machine as it is and goes on there with
+# `--resume`; what was one process may be four there, but then give each a quarter of the lines or a quarter of
+# `--accumulate`, so that a step is made of the same shares:
+#
+# ```bash
+# python -m difftsr.train --stage idm --batch-size 16 --accumulate 4 --steps 40000              # a laptop, one process
+# accelerate launch --num_processes 4 -m difftsr.train --stage idm --batch-size 16 --steps 40000 --resume   # four GPUs
+# accelerate launch --num_machines 2 --machine_rank 0 --main_process_ip HOST --main_process_port 29500 \
+#     --num_processes 8 -m difftsr.train --stage idm --batch-size 16 --steps 40000 --resume     # on each of two nodes
+# ```
+#
+# Then, in this order: `--mixed_precision bf16` (any GPU since 2020; `fp16` on older ones), `--workers 8` until
+# "waiting" in `run.json` is near 0, a larger `--batch-size` with a learning rate that grows as its square root, and
+# `--compile` for runs of hours. In a notebook, `launch(TrainConfig(...), processes=4)` in a fresh kernel.
+#
 # ## Summary
 #
 # - A stage yields losses; one loop takes the steps. Rate, clipping, averages, checkpoints and processes stand in it
@@ -1129,6 +1514,12 @@ check({
     "some steps later it is another run": lambda: torch.equal(
         weights_after(5, 3, 7), Run().train(12).network.weight),
 })  # fmt: skip
+
+# %% [markdown]
+# ### Questions to think about
+#
+# - Walk a trainer with `ema=0.0`, `0.9` and `0.999` for 100 steps and compare `validate()` inside `averaged()`. Which one is best, and why not the longest memory?
+# - Train the tiny TDM with `--overrides loss bound` for 600 steps, draw `--report`, and say which times the bound is made of.
 
 # %% [markdown]
 # ## Where to go next

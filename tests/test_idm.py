@@ -370,14 +370,20 @@ def test_the_same_seed_gives_the_same_loss():
     assert a == b != c
 
 
-@pytest.mark.parametrize("prediction, loss", [("residual", "l2"), ("v", "l2"), ("eps", "l1")])
-def test_training_lowers_the_loss(prediction, loss):
+@pytest.mark.parametrize(
+    "prediction, loss, weighting",
+    [("residual", "l2", "snr"), ("v", "l2", "snr"), ("v", "l2", "none"), ("eps", "l1", "none")],
+)
+def test_training_lowers_the_loss(prediction, loss, weighting):
     torch.manual_seed(0)
     model, batch = Tiny(prediction), line_batch(6)
     model.idm = IDM(model.idm.config)
     batch["z_hr"] = torch.randn(6, 4, 8, 32, generator=generator())
     batch["z_lr"] = 0.4 * batch["z_hr"]
-    stage = IDMStage(IDMTraining(loss=loss, ocr_weight=0.0, learning_rate=2e-3, text_mix=(0.0, 0.7, 0.2, 0.1)), model)
+    settings = IDMTraining(
+        loss=loss, weighting=weighting, ocr_weight=0.0, learning_rate=2e-3, text_mix=(0.0, 0.7, 0.2, 0.1)
+    )
+    stage = IDMStage(settings, model)
     optimizer, history = stage.optimizers(model)["idm"], []
     for _ in range(12):
         for value, _, logs in stage.losses(model, batch, generator()):  # always the same draws

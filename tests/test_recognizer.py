@@ -370,7 +370,9 @@ def test_stage_uses_lr_for_half_and_only_known_centers():
     batch = bar_batch(6, torch.Generator().manual_seed(0))
     ((loss, _, logs),) = stage.losses(model, batch, torch.Generator().manual_seed(0))
     assert seen["x"].equal(torch.cat([batch["lr"][:3], batch["hr"][3:]]))
-    assert set(logs) == {"text", "accuracy", "ctc", "spot", "look", "count"}
+    assert set(logs) == {"text", "accuracy", "accuracy_lr", "accuracy_hr", "ctc", "spot", "look", "count"}
+    both = [logs[name].item() for name in ("accuracy_lr", "accuracy_hr")]
+    assert min(both) <= logs["accuracy"] <= max(both)
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.recognizer.parameters())
 

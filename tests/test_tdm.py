@@ -340,11 +340,34 @@ def test_the_stage_learns_to_read_better_than_the_reader(net, loss):
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
+        stage.step_done()
         history.append(value.item())
     assert sum(history[-10:]) < 0.7 * sum(history[:10])
     assert {"accuracy_low_t", "accuracy_mid_t", "accuracy_high_t", "accuracy_reader"} <= set(logs)
     assert logs["accuracy_high_t"] > logs["accuracy_reader"]
     assert stage.importance.count.sum() == (120 * 32 if loss == "bound" else 0)
+    assert ("bound_by_t" in stage.summary()) == (loss == "bound")
+
+
+def test_looking_without_gradients_teaches_the_importance_sampler_nothing(net):
+    stage = TDMStage(TDMTraining(loss="bound"), model := World(net))
+    with torch.no_grad():
+        list(stage.losses(model, lines(8, 0), generator(1)))
+    stage.step_done()
+    assert stage.importance.count.sum() == 0
+    list(stage.losses(model, lines(8, 0), generator(1)))
+    assert stage.importance.count.sum() == 0 and len(stage.seen) == 1  # shares of a step are learned together
+    stage.step_done()
+    assert stage.importance.count.sum() == 8 and not stage.seen
+
+
+def test_the_typical_bound_term_is_not_pulled_to_zero_by_few_draws():
+    importance = ImportanceSampler(5)
+    for _ in range(3):
+        importance.update(torch.tensor([1, 4]), torch.tensor([2.0, 3.0]))
+    typical = importance.typical()
+    assert torch.allclose(typical[[1, 4]], torch.tensor([2.0, 3.0]))
+    assert typical[0].isnan()
 
 
 def test_importance_sampling_prefers_what_is_hard_and_says_how_often():

@@ -1,6 +1,8 @@
 """The training loop: resume, averages, settings, starting weights, and the command line in a fresh process."""
 
 import json
+import math
+import resource
 import signal
 import subprocess
 import sys
@@ -11,14 +13,14 @@ import pytest
 import torch
 
 from difftsr.model import DiffTSR, preset
+from difftsr.runs import Every, checkpoints, newest_checkpoint, read_card, save_checkpoint
 from difftsr.train import (
     EMA,
     STAGES,
     CachedLatents,
     TrainConfig,
-    checkpoints,
+    Trainer,
     latent_batches,
-    newest_checkpoint,
     rate,
     stage_settings,
     starting_model,
@@ -52,9 +54,10 @@ def test_all_skips_what_is_done(trained):
     assert train(TrainConfig("all", output=trained, steps=2, **TINY)) == {}
 
 
-@pytest.mark.parametrize("stage", ["recognizer", "idm"])
-def test_a_cut_run_resumes_bit_for_bit(trained, tmp_path, stage):
+@pytest.mark.parametrize("stage, overrides", [("recognizer", {}), ("idm", {}), ("tdm", {"loss": "bound"})])
+def test_a_cut_run_resumes_bit_for_bit(trained, tmp_path, stage, overrides):
     whole = TrainConfig(stage, output=tmp_path / "whole", init=str(trained / "weights"), steps=6, **TINY)
+    whole = replace(whole, overrides=overrides)
     train_stage(whole, stage)
     cut = replace(whole, output=tmp_path / "cut")
     train_stage(cut, stage)
@@ -64,9 +67,12 @@ def test_a_cut_run_resumes_bit_for_bit(trained, tmp_path, stage):
     train_stage(replace(cut, resume=True), stage)
     a, b = newest(whole.output, stage), newest(cut.output, stage)
     assert a["step"] == b["step"] == 6
-    for kind in ("networks", "ema"):
-        for name, tensor in a[kind][stage].items():
-            assert torch.equal(tensor, b[kind][stage][name]), name
+    for kind in ("networks", "ema", "auxiliary"):
+        for network, tensors in a[kind].items():
+            for name, tensor in tensors.items():
+                assert torch.equal(tensor, b[kind][network][name]), name
+    if overrides:
+        assert a["auxiliary"]["importance"]["count"].sum() == 6 * 4  # what the bound has learned travels too
 
 
 def test_a_damaged_checkpoint_is_passed_over(trained, tmp_path):
@@ -77,6 +83,45 @@ def test_a_damaged_checkpoint_is_passed_over(trained, tmp_path):
     last.write_bytes(last.read_bytes()[:5000])
     state = newest_checkpoint(folder, torch.device("cpu"), said.append)
     assert state["step"] == 2 and last.name in said[0] and "damaged" in said[0]
+
+
+def test_a_full_disk_loses_nothing_and_is_said_in_one_line(tmp_path):
+    state = {"step": 2, "weights": torch.zeros(100_000)}
+    kept = save_checkpoint(tmp_path, state, keep=1).read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a file over it fails in the middle
+    try:
+        with pytest.raises(OSError, match="step-00000004.pt could not be written") as caught:
+            save_checkpoint(tmp_path, {**state, "step": 4}, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["step-00000002.pt"]
+    assert checkpoints(tmp_path)[0].read_bytes() == kept
+
+
+def test_a_run_on_a_full_disk_goes_on_and_ends_with_an_error(tmp_path, capsys):
+    config = TrainConfig("recognizer", output=tmp_path, steps=4, bar=False, **TINY)
+    train_stage(replace(config, steps=2), "recognizer")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="untouched"):
+            train_stage(replace(config, steps=6, resume=True), "recognizer")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "step 4: " in capsys.readouterr().out  # the checkpoint in between was given up, the run was not
+    assert [file.name for file in checkpoints(tmp_path / "checkpoints" / "recognizer")] == ["step-00000002.pt"]
+
+
+def test_intervals_are_steps_or_minutes():
+    assert [step for step in range(1, 10) if Every(4).due(step, 0)] == [4, 8]
+    clock = Every("2min", seconds=60)
+    assert [second for second in range(0, 500, 30) if clock.due(1, second)] == [180, 300, 420]
+    assert not Every(0).due(1, 1e9) and not Every("0min").due(1, 1e9)
+    for wrong in ("soon", "5 minutes", "-3", "-1min", "1.5", "nanmin"):
+        with pytest.raises(ValueError, match="is no interval"):
+            Every(wrong)
 
 
 def test_a_half_written_checkpoint_is_never_found(tmp_path):
@@ -124,6 +169,213 @@ def test_overrides_reach_the_stage_and_unknown_ones_are_refused():
     assert settings.batch_size == 3 and settings.lpips == 0.0
     with pytest.raises(ValueError, match="lpipz"):
         stage_settings(replace(config, overrides={"lpipz": 1.0}), "vae")
+
+
+def test_overrides_may_be_words_lists_and_numbers_and_wrong_ones_are_refused():
+    def given(stage, **overrides):
+        return stage_settings(TrainConfig(stage, overrides=overrides), stage)
+
+    assert given("idm", loss="l1", weighting="none").loss == "l1"
+    assert given("vae", crop="32,64", disc_start=5.0, decoder_only="true").crop == (32, 64)
+    assert given("vae", disc_start="5").disc_start == 5 and given("vae", decoder_only="false").decoder_only is False
+    assert given("idm", text_mix="0.5,0.25,0.15,0.1").text_mix == (0.5, 0.25, 0.15, 0.1)
+    wrongs = [("idm", {"loss": "l3"}), ("vae", {"crop": "32"}), ("vae", {"l1": "much"}), ("vae", {"disc_start": 1.5})]
+    for stage, wrong in wrongs:
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} cannot be"):
+            given(stage, **wrong)
+
+
+def test_what_the_idm_predicts_is_chosen_once_and_kept(trained, tmp_path):
+    common = TINY | {"init": str(trained / "weights")}
+    init = tmp_path / "init"
+    DiffTSR.from_pretrained(trained / "weights").save(init)
+    (init / "idm.safetensors").unlink()
+    config = TrainConfig("idm", output=tmp_path, steps=1, prediction="v", **common | {"init": None})
+    with pytest.raises(ValueError, match="vae, recognizer"):
+        train_stage(config, "idm")
+    for network in ("vae", "recognizer"):
+        train_stage(replace(config, stage=network), network)
+    train_stage(config, "idm")
+    assert DiffTSR.from_pretrained(tmp_path / "weights", missing_ok=True).idm.config.prediction == "v"
+    assert starting_model(replace(config, stage="tdm", prediction=None), "tdm").idm.config.prediction == "v"
+
+
+# --- reduced precision ---
+
+
+@pytest.mark.parametrize(
+    "stage, precision", [("vae", "fp16"), ("recognizer", "bf16"), ("idm", "bf16"), ("idm", "fp16"), ("tdm", "fp16")]
+)
+def test_reduced_precision_takes_steps_close_to_those_of_float32(trained, tmp_path, stage, precision):
+    losses = {}
+    for name in ("no", precision):
+        config = TrainConfig(stage, output=tmp_path / name, init=str(trained / "weights"), mixed_precision=name, **TINY)
+        walked = Trainer(config, stage)
+        walked.scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=name == "fp16")  # no step is left out
+        for _ in range(3):
+            walked.shown.clear()
+            walked.take_step()
+            losses.setdefault(name, []).append(float(walked.shown["loss"]))
+        assert all(p.dtype == torch.float32 and p.isfinite().all() for p in walked.parameters[stage])
+    assert losses[precision] == pytest.approx(losses["no"], rel=0.05)
+    assert losses[precision] != losses["no"]
+
+
+def test_fp16_with_two_optimizers_scales_and_unscales_each_once(tmp_path):
+    settings = {"lpips": 0, "disc_start": 0, "crop": "32,32"}
+    norms = {}
+    for precision in ("no", "fp16"):
+        config = TrainConfig("vae", output=tmp_path / precision, mixed_precision=precision, overrides=settings, **TINY)
+        walked = Trainer(config, "vae")
+        walked.scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=precision == "fp16")  # none is left out
+        walked.take_step()
+        norms[precision] = {name: float(walked.shown[name]) for name in ("norm", "norm_discriminator")}
+    assert norms["fp16"] == pytest.approx(norms["no"], rel=0.05)
+
+
+def spoil(walked, value):
+    """The first weight's gradient becomes `value` in the next step."""
+    first = next(p for p in walked.parameters[walked.name] if p.requires_grad)
+    return first.register_hook(lambda gradient: torch.full_like(gradient, value))
+
+
+def test_an_infinite_gradient_is_skipped_under_fp16_and_the_scale_falls(tmp_path):
+    config = TrainConfig("recognizer", output=tmp_path, mixed_precision="fp16", **TINY)
+    walked = Trainer(config, "recognizer")
+    before = {name: p.clone() for name, p in walked.model.recognizer.named_parameters()}
+    scale, hook = walked.scaler.get_scale(), spoil(walked, math.inf)
+    walked.take_step()
+    hook.remove()
+    assert walked.scaler.get_scale() == scale / 2
+    assert all(torch.equal(p, before[name]) for name, p in walked.model.recognizer.named_parameters())
+    walked.take_step()
+    assert not all(torch.equal(p, before[name]) for name, p in walked.model.recognizer.named_parameters())
+    assert walked.state()["scaler"]["scale"] == scale / 2
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_batch(tmp_path):
+    walked = Trainer(TrainConfig("recognizer", output=tmp_path, **TINY), "recognizer")
+    before = {name: p.clone() for name, p in walked.model.recognizer.named_parameters()}
+    spoil(walked, math.nan)
+    with pytest.raises(FloatingPointError, match="gradient nan at step 0"):
+        walked.take_step()
+    assert torch.load(tmp_path / "recognizer-bad-batch.pt", weights_only=True)["hr"].shape[0] == 4
+    assert all(torch.equal(p, before[name]) for name, p in walked.model.recognizer.named_parameters())
+
+
+def test_the_gan_begins_at_its_step_however_many_shares_a_step_has(tmp_path):
+    settings = {"lpips": 0, "disc_start": 2, "crop": "32,32"}
+    walked = Trainer(TrainConfig("vae", output=tmp_path, accumulate=3, overrides=settings, **TINY), "vae")
+    for step in range(3):
+        walked.take_step()
+        assert ("d_weight" in walked.shown) == (step >= 2)
+
+
+def test_pictures_lie_in_memory_as_asked_and_give_the_same(trained, tmp_path):
+    losses = []
+    for channels_last in (True, False):
+        config = TrainConfig("idm", output=tmp_path, init=str(trained / "weights"), channels_last=channels_last, **TINY)
+        walked = Trainer(config, "idm")
+        kernel = next(p for p in walked.parameters["idm"] if p.ndim == 4 and min(p.shape) > 1)
+        assert kernel.is_contiguous(memory_format=torch.channels_last) == channels_last
+        walked.take_step()
+        losses.append(float(walked.shown["loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_compiled_networks_take_the_same_step_and_keep_their_names(trained, tmp_path):
+    losses = []
+    for name in (False, True):
+        config = TrainConfig("tdm", output=tmp_path / str(name), init=str(trained / "weights"), compile=name, **TINY)
+        walked = Trainer(config, "tdm")
+        walked.take_step()
+        losses.append(float(walked.shown["loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert walked.trained["tdm"].state_dict().keys() == walked.ema.networks["tdm"].state_dict().keys()
+
+
+# --- what a run tells ---
+
+
+def test_the_best_weights_are_those_of_the_least_loss_on_unseen_lines(tmp_path):
+    config = TrainConfig(
+        "recognizer", output=tmp_path, steps=6, validation="synthetic", validate_every=2, result="best",
+        **TINY | {"learning_rate": 1e-2},
+    )  # fmt: skip
+    train_stage(config, "recognizer")
+    seen = read_card(tmp_path)["recognizer"]["validation"]
+    assert seen["step"] == [2, 4, 6]
+    best = torch.load(tmp_path / "checkpoints" / "recognizer" / "best.pt", weights_only=True)
+    assert best["loss"] == min(seen["loss"]) and best["step"] == seen["step"][seen["loss"].index(best["loss"])]
+    left = DiffTSR.from_pretrained(tmp_path / "weights", missing_ok=True).recognizer.state_dict()
+    assert all(torch.equal(left[name], tensor) for name, tensor in best["ema"]["recognizer"].items())
+    with pytest.raises(ValueError, match="--validation"):
+        train_stage(replace(config, validation=None), "recognizer")
+
+
+def test_looking_at_unseen_lines_changes_nothing(tmp_path):
+    config = TrainConfig("vae", output=tmp_path, steps=4, overrides={"lpips": 0, "disc_start": 0}, **TINY)
+    for name, options in (("looks", {"validation": "synthetic", "validate_every": 1}), ("blind", {})):
+        train_stage(replace(config, output=tmp_path / name, **options), "vae")
+    a, b = (newest(tmp_path / name, "vae") for name in ("looks", "blind"))
+    for kind in ("networks", "ema", "auxiliary"):
+        for network, tensors in a[kind].items():
+            assert all(torch.equal(tensor, b[kind][network][name]) for name, tensor in tensors.items())
+    assert len(list((tmp_path / "looks" / "sheets").glob("vae-*.png"))) == 4
+    assert "g_loss" not in a["validation"] and a["validation"]["loss"][-1] > 0
+
+
+def test_the_card_says_how_the_weights_were_made(trained):
+    card = read_card(trained)["recognizer"]
+    assert card["finished"] and card["steps"] == 2 and card["seeds"]["run"] == 3
+    assert card["versions"]["torch"] == torch.__version__ and card["settings"]["batch_size"] == 4
+    assert card["hardware"]["processes"] == 1 and card["hardware"]["threads"] == torch.get_num_threads()
+    history = card["history"]
+    assert history["step"] == [2] and 0 <= history["waiting"][0] <= 1 and history["norm"][0] > 0
+    assert {"accuracy_lr", "accuracy_hr"} <= history.keys()
+    assert (trained / "report.png").stat().st_size > 1000
+
+
+def test_a_card_of_a_run_that_goes_on_is_not_taken_for_done(tmp_path):
+    config = TrainConfig("recognizer", output=tmp_path, **TINY)
+    walked = Trainer(config, "recognizer")
+    walked.take_step()
+    walked.save()
+    assert not read_card(tmp_path)["recognizer"]["finished"]
+
+
+def test_what_is_told_to_tensorboard_can_be_read_back(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = TrainConfig("recognizer", output=tmp_path, steps=2, tensorboard=True, validation="synthetic", **TINY)
+    train_stage(config, "recognizer")
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard" / "recognizer"))
+    events.Reload()
+    tags = events.Tags()
+    told = {"train/loss", "train/norm", "train/waiting", "train/rate_recognizer", "validation/loss"}
+    assert told <= set(tags["scalars"])
+    assert tags["images"] == ["lines"] and events.Scalars("train/loss")[0].step == 2
+
+
+def test_the_bound_of_a_run_is_told_by_time(trained, tmp_path):
+    common = TINY | {"batch_size": 8}
+    config = TrainConfig("tdm", output=tmp_path, init=str(trained / "weights"), steps=4, **common)
+    train_stage(replace(config, overrides={"loss": "bound"}), "tdm")
+    parts = read_card(tmp_path)["tdm"]["bound_by_t"]
+    assert len(parts) == 20 and all(part >= 0 for part in parts) and sum(parts) > 0
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_notebook_launches_processes(trained, tmp_path, processes):
+    script = f"""
+from pathlib import Path
+from difftsr.train import TrainConfig, launch
+launch(TrainConfig("idm", "tiny", Path("run"), init={str(trained / 'weights')!r}, steps=2, batch_size=4, bar=False,
+                   warmup=2, accumulate={2 // processes}), processes={processes})
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    card = read_card(tmp_path / "run")["idm"]
+    assert card["hardware"]["processes"] == processes and card["history"]["lines"] == [16]
 
 
 def test_cached_latents_equal_what_the_encoders_say(trained, tmp_path):
