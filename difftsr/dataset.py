@@ -2,13 +2,13 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'FAULTS', 'SAMPLES', 'Pair', 'STEPS', 'RESERVED_FAMILIES', 'EVALUATION_SEEDS', 'Line', 'LineSource',
-           'collate', 'to_float', 'SyntheticLines', 'LinePool', 'decode_image', 'check_line', 'LmdbLines', 'write_lmdb',
-           'PairFolder', 'write_shards', 'ShardLines', 'ShardBatches', 'as_gray', 'sharpness', 'text_rows', 'Alignment',
-           'align', 'CleaningRules', 'fault', 'picture_hash', 'mark_duplicates', 'CleaningReport', 'clean',
-           'read_index', 'Selected', 'write_picture', 'histograms', 'draw_histograms', 'dropped_sheet', 'plant_faults',
-           'open_source', 'BatchOrder', 'make_loader', 'write_pairs', 'evaluation_pairs', 'checksums',
-           'write_evaluation_sets', 'DatasetOptions', 'preset_alphabet', 'synthetic_source', 'build_pool', 'any_source',
-           'good_lines', 'main']
+           'collate', 'to_float', 'SyntheticLines', 'LinePool', 'decode_image', 'check_line', 'lmdb_environment',
+           'LmdbLines', 'write_lmdb', 'PairFolder', 'write_shards', 'ShardLines', 'ShardBatches', 'as_gray',
+           'sharpness', 'text_rows', 'Alignment', 'align', 'CleaningRules', 'fault', 'picture_hash', 'mark_duplicates',
+           'CleaningReport', 'clean', 'read_index', 'Selected', 'write_picture', 'histograms', 'draw_histograms',
+           'dropped_sheet', 'plant_faults', 'open_source', 'BatchOrder', 'make_loader', 'write_pairs',
+           'evaluation_pairs', 'checksums', 'write_evaluation_sets', 'DatasetOptions', 'preset_alphabet',
+           'synthetic_source', 'build_pool', 'any_source', 'good_lines', 'main']
 
 # %% ../notebooks/03_dataset.ipynb #748c9a57
 import hashlib
@@ -355,6 +355,29 @@ def check_line(image: np.ndarray, text: str) -> None:
         raise ValueError(f"its width is {width / height:.2f} times its height, not 1 to 8 times")
 
 # %% ../notebooks/03_dataset.ipynb #7613b5f4
+_ENVIRONMENTS: dict[tuple[str, int], tuple[int, object]] = {}  # (path, inode) -> process that opened it, environment
+
+
+def lmdb_environment(path: str):
+    """An LMDB open for reading, one for all sources of a process: lmdb refuses to open a file twice.
+
+    Raises `ValueError` where there is none, `ImportError` without the package lmdb.
+    """
+    try:
+        import lmdb
+    except ImportError as error:
+        raise ImportError("reading an LMDB needs the package lmdb: pip install 'difftsr[data]'") from error
+    folder = Path(path).is_dir()
+    file = Path(path, "data.mdb") if folder else Path(path)
+    if not file.exists():
+        raise ValueError(f"{path} does not exist, or is no LMDB")
+    key = str(file.resolve()), file.stat().st_ino  # another file may have taken its place
+    if _ENVIRONMENTS.get(key, (None,))[0] != os.getpid():
+        _ENVIRONMENTS.pop(key, None)  # an environment must not be used across a fork: let go of the parent's
+        _ENVIRONMENTS[key] = os.getpid(), lmdb.open(path, readonly=True, lock=False, readahead=False, subdir=folder)
+    return _ENVIRONMENTS[key][1]
+
+
 class LmdbLines(LineSource):
     """Lines of an LMDB laid out like CTR: `num-samples`, and from 1 on `image-%09d` (a picture file), `label-%09d`.
 
@@ -364,7 +387,7 @@ class LmdbLines(LineSource):
 
     def __init__(self, path: str | Path, alphabet: Alphabet, size: tuple[int, int], **options):
         super().__init__(alphabet, size, **options)
-        self.path, self._environment, self._process = str(path), None, None
+        self.path = str(path)
         self.errors: dict[int, str] = {}  # index -> what is wrong with that record
         count = self._read(b"num-samples")
         if count is None:
@@ -399,22 +422,8 @@ class LmdbLines(LineSource):
         return Line(image, text, f"{self.path}#{index + 1}")
 
     def _read(self, key: bytes) -> bytes | None:
-        if self._process != os.getpid():  # an environment must not be used across a fork
-            try:
-                import lmdb
-            except ImportError as error:
-                raise ImportError("reading an LMDB needs the package lmdb: pip install 'difftsr[data]'") from error
-            if not Path(self.path).exists():
-                raise ValueError(f"{self.path} does not exist")
-            folder = Path(self.path).is_dir()
-            self._environment = None  # lets go of the parent's: lmdb opens a file only once
-            self._environment = lmdb.open(self.path, readonly=True, lock=False, readahead=False, subdir=folder)
-            self._process = os.getpid()
-        with self._environment.begin() as transaction:
+        with lmdb_environment(self.path).begin() as transaction:
             return transaction.get(key)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_environment": None, "_process": None}
 
 # %% ../notebooks/03_dataset.ipynb #8ace7a18
 def write_lmdb(path: str | Path, lines: Iterable[Line]) -> int:

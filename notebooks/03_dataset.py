@@ -556,6 +556,29 @@ def check_line(image: np.ndarray, text: str) -> None:
 
 # %%
 #| export
+_ENVIRONMENTS: dict[tuple[str, int], tuple[int, object]] = {}  # (path, inode) -> process that opened it, environment
+
+
+def lmdb_environment(path: str):
+    """An LMDB open for reading, one for all sources of a process: lmdb refuses to open a file twice.
+
+    Raises `ValueError` where there is none, `ImportError` without the package lmdb.
+    """
+    try:
+        import lmdb
+    except ImportError as error:
+        raise ImportError("reading an LMDB needs the package lmdb: pip install 'difftsr[data]'") from error
+    folder = Path(path).is_dir()
+    file = Path(path, "data.mdb") if folder else Path(path)
+    if not file.exists():
+        raise ValueError(f"{path} does not exist, or is no LMDB")
+    key = str(file.resolve()), file.stat().st_ino  # another file may have taken its place
+    if _ENVIRONMENTS.get(key, (None,))[0] != os.getpid():
+        _ENVIRONMENTS.pop(key, None)  # an environment must not be used across a fork: let go of the parent's
+        _ENVIRONMENTS[key] = os.getpid(), lmdb.open(path, readonly=True, lock=False, readahead=False, subdir=folder)
+    return _ENVIRONMENTS[key][1]
+
+
 class LmdbLines(LineSource):
     """Lines of an LMDB laid out like CTR: `num-samples`, and from 1 on `image-%09d` (a picture file), `label-%09d`.
 
@@ -565,7 +588,7 @@ class LmdbLines(LineSource):
 
     def __init__(self, path: str | Path, alphabet: Alphabet, size: tuple[int, int], **options):
         super().__init__(alphabet, size, **options)
-        self.path, self._environment, self._process = str(path), None, None
+        self.path = str(path)
         self.errors: dict[int, str] = {}  # index -> what is wrong with that record
         count = self._read(b"num-samples")
         if count is None:
@@ -600,22 +623,8 @@ class LmdbLines(LineSource):
         return Line(image, text, f"{self.path}#{index + 1}")
 
     def _read(self, key: bytes) -> bytes | None:
-        if self._process != os.getpid():  # an environment must not be used across a fork
-            try:
-                import lmdb
-            except ImportError as error:
-                raise ImportError("reading an LMDB needs the package lmdb: pip install 'difftsr[data]'") from error
-            if not Path(self.path).exists():
-                raise ValueError(f"{self.path} does not exist")
-            folder = Path(self.path).is_dir()
-            self._environment = None  # lets go of the parent's: lmdb opens a file only once
-            self._environment = lmdb.open(self.path, readonly=True, lock=False, readahead=False, subdir=folder)
-            self._process = os.getpid()
-        with self._environment.begin() as transaction:
+        with lmdb_environment(self.path).begin() as transaction:
             return transaction.get(key)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_environment": None, "_process": None}
 
 
 # %% [markdown]

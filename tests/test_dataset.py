@@ -470,6 +470,18 @@ def test_lmdb_grows_while_it_is_written_and_appears_whole(tmp_path):
             write_lmdb(path, lines)
 
 
+def test_two_sources_and_their_workers_read_one_lmdb(tmp_path):
+    picture = np.full((32, 96, 3), 200, np.uint8)
+    write_lmdb(tmp_path / "one", (Line(picture, str(i), "") for i in range(4)))
+    first, second = (LmdbLines(tmp_path / "one", Alphabet.classroom(), SIZE, seed=seed) for seed in (0, 1))
+    loaders = [iter(make_loader(source, 2, seed=0, workers=1)) for source in (first, second)]
+    assert all(next(loader)["hr"].shape[0] == 2 for loader in loaders)
+    assert first.line(3).text == second.line(3).text == "3"
+    (tmp_path / "one").rename(tmp_path / "old")
+    write_lmdb(tmp_path / "one", [Line(picture, "9", "")])
+    assert LmdbLines(tmp_path / "one", Alphabet.classroom(), SIZE).line(0).text == "9"
+
+
 def test_lmdb_is_read_without_writing_anything(ctr, alphabet):
     (ctr / "lock.mdb").unlink(missing_ok=True)
     before = sorted((path.name, path.stat().st_mtime_ns) for path in ctr.iterdir())
