@@ -60,7 +60,7 @@ class GateConfig:
     surer: float = 0.15  # by so much a changed reading must be more certain (at least this, where there was none)
     doubt: float = 0.05  # so much less certain, and only half of the restored character is kept
     mismatch: float = 0.60  # limit of a character's mean mismatch: 95 of 100 true lines stay under it
-    refused: float = 0.40  # share of refused characters from which the whole line is refused
+    refused: float = 0.0  # the line is refused whole where more of its width than this share is refused
     worse: float = 0.02  # the line's mean certainty may fall by so much
     feather: float = 0.06  # width of the seam between two characters, in heights of the canvas
 

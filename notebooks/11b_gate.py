@@ -237,7 +237,7 @@ class GateConfig:
     surer: float = 0.15  # by so much a changed reading must be more certain (at least this, where there was none)
     doubt: float = 0.05  # so much less certain, and only half of the restored character is kept
     mismatch: float = 0.60  # limit of a character's mean mismatch: 95 of 100 true lines stay under it
-    refused: float = 0.40  # share of refused characters from which the whole line is refused
+    refused: float = 0.0  # the line is refused whole where more of its width than this share is refused
     worse: float = 0.02  # the line's mean certainty may fall by so much
     feather: float = 0.06  # width of the seam between two characters, in heights of the canvas
 
@@ -330,7 +330,7 @@ plt.show()
 #
 # One more thing costs nothing: slow changes of colour and light are in the input already, however small it is. They are taken from there, so that no restored line has another colour than its photograph: $y \leftarrow y + G_{H/4} * (x - y)$.
 #
-# Then the three questions in order. Where more than 40 of 100 characters are refused, there is nothing left to save and the whole input stands. After blending, the line is read once more: a seam could have made things worse.
+# Then the three questions in order. What happens to a line of which *some* characters were refused? One can put just these back, character by character, and `refused` says up to which share of the line that is done. It looks like the gentle answer, and it was ours, until it was measured: of 80 lines of `data/eval/dev` those with a refused character were read with .76 after such patching, and with .86 as they came (PP-OCRv4). A line that lies in one place is not to be trusted in the others. So by default one refused character takes the whole line back, and only doubts are blended. After blending, the line is read once more: a seam could have made things worse.
 
 # %%
 #| export
@@ -429,7 +429,7 @@ oracle = Oracle([(x, "南湖码头"), (same_light(answers["the truth"][None], x[
                  (same_light(answers["a sharp lie"][None], x[None])[0], "南潮码头")])  # fmt: skip
 shown = {}
 for name, answer in answers.items():
-    images, [verdict] = gate(oracle, answer[None], x[None], [size], config=GateConfig())
+    images, [verdict] = gate(oracle, answer[None], x[None], [size], config=GateConfig(refused=0.4))
     shown[name] = images[0]
     print(f"{name:14}{verdict.action:9}{verdict.trust}")
 assert torch.equal(shown["noise"], x), "noise must not pass"
@@ -447,11 +447,11 @@ plt.show()
 
 
 # %% [markdown]
-# The truth passes; noise does not; of the lie three characters pass, which are true, and the fourth is replaced by the photograph.
+# The truth passes; noise does not; of the lie three characters pass, which are true, and the fourth is replaced by the photograph. (That is with `refused=0.4`. By default the lie is taken back whole.)
 #
 # ## 6. Where the limit comes from
 #
-# `mismatch_limit` measures pairs of true sharp lines and their photographs. It is run on `data/eval/dev` when new weights are made, and its answer is saved with them. Judges (the readers of lesson 14) have no say in the gate: whoever tunes a safeguard by the examiner's marks learns the examiner.
+# `mismatch_limit` measures pairs of true sharp lines and their photographs. It is run on `data/eval/dev` when new weights are made, and its answer is saved with them. Judges (the readers of lesson 14) have no say while the gate works. They were asked once, on `dev`, for the share above; whoever tunes a safeguard by the examiner's marks learns the examiner, and only `data/eval/test`, on which nothing was chosen, can tell how much.
 
 # %%
 #| export

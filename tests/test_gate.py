@@ -148,7 +148,7 @@ def test_the_gate_against_four_restorers():
     reader = Reader(*zip(lit, (clear, sharp, wrong, nothing)))
     images, verdicts = gate(
         reader, torch.stack([lr, truth, other, noise]), lr.expand(4, -1, -1, -1).clone(), [SIZE] * 4,
-        config=GateConfig(mismatch=1.5),
+        config=GateConfig(mismatch=1.5, refused=0.4),
     )  # fmt: skip
     assert [v.action for v in verdicts] == ["kept", "kept", "blended", "input"]
     torch.testing.assert_close(images[0], lr, atol=1e-4, rtol=0)
@@ -157,6 +157,15 @@ def test_the_gate_against_four_restorers():
     assert (images[2] - lr)[..., 100:108].abs().max() < 0.1  # the lie is gone,
     assert (images[2] - lit[2])[..., :80].abs().max() < 0.05  # the rest stayed
     assert torch.equal(images[3], lr) and verdicts[3].reasons
+
+
+def test_by_default_one_refused_character_takes_the_line_back():
+    lr, restored = blur(bars()[None], (1.0, 1.0))[0], bars()
+    lit = same_light(restored[None], lr[None])[0]
+    for after, action in ((reading("AC", 0.8, 0.6), "input"), (reading("AB", 0.8, 0.6), "blended")):
+        reader = Reader((lr, reading("AB", 0.8, 0.66)), (lit, after))
+        images, [verdict] = gate(reader, restored[None], lr[None], [SIZE], config=GateConfig(mismatch=9, worse=1))
+        assert verdict.action == action and torch.equal(images[0], lr) == (action == "input")
 
 
 def test_a_line_that_became_less_certain_is_taken_back():
