@@ -391,7 +391,8 @@ def real_esrgan_restorer(name: str, model: str) -> Callable[[RestorerConfig], Re
 #| export
 FIXED = {"model", "image", "images", "lr", "reading", "trace", "height", "settings"}  # no settings of a row
 MODEL_CODE = (
-    "degradation", "gate", "idm", "mom", "model", "recognizer", "restore", "sampling", "tdm", "text_lines", "unet", "vae",
+    "degradation", "gate", "idm", "mom", "model", "recognizer", "restore", "sampling", "tdm", "text_lines", "unet",
+    "vae",
 )  # fmt: skip
 
 
