@@ -87,7 +87,6 @@ class TrainConfig:
 
     stage: Literal["vae", "recognizer", "idm", "few-step", "tdm", "mom", "all"] = "all"  # "all": those not yet done
     preset: str = "classroom"  # "tiny", "classroom" or "paper"
-    alphabet: Path | None = None  # the published table of characters (UTF-8), for "paper"; default: that of --init
     output: Path | None = None  # folder of the run; default runs/<preset>
     data: str = "synthetic"  # "synthetic", "pool:PATH", "lmdb:PATH" or "pairs:PATH"
     steps: int | None = None  # optimisation steps; default 20000 where --minutes is not given
@@ -96,6 +95,7 @@ class TrainConfig:
     accumulate: int = 1  # shares that a process takes for one step
     learning_rate: float | None = None  # default from the stage
     init: str | None = None  # weights to start from: a name or a folder (no optimizer state)
+    alphabet: Path | None = None  # the published table of characters (UTF-8), for "paper"; default: that of --init
     prediction: Prediction | None = None  # idm from nothing: what the U-Net predicts; default from the preset
     resume: bool = False  # go on from the newest checkpoint of this stage in the output folder
     checkpoint_every: int | str = 500  # steps, or minutes ("10min"), between checkpoints
