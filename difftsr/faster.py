@@ -220,7 +220,7 @@ def export_onnx(model: DiffTSR, folder: Path) -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     for name, (network, arguments, inputs, outputs) in graphs.items():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore")  # of the exporter, about its own future
             program = torch.onnx.export(
                 network.eval(), arguments, input_names=list(inputs), output_names=list(outputs), dynamo=True,
                 dynamic_shapes=tuple({0: batch} for _ in arguments), verbose=False,
