@@ -81,7 +81,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from difftsr.model import DiffTSR
-from difftsr.sampling import sample
+from difftsr.sampling import released_reading, sample
 from difftsr.text_lines import PAD, Font, find_fonts, write_json, written_whole
 
 # %%
@@ -407,6 +407,8 @@ def make_sheet(model: DiffTSR, batch: dict, trained: Iterable[str], *, steps: in
     restoration, by default the model's number, at most 20.
     """
     trained, lr, hr = set(trained), batch["lr"], batch["hr"]
+    if model.config.reference and model.reader_alphabet is None:
+        trained.discard("recognizer")  # nobody knows what its classes mean
     pictures = {"LR": lr}
     if {"vae", "recognizer", "idm"} <= trained:
         mode = "full" if {"tdm", "mom"} <= trained else "baseline"
@@ -419,8 +421,8 @@ def make_sheet(model: DiffTSR, batch: dict, trained: Iterable[str], *, steps: in
     pictures["HR"] = hr
     read = [[""] * len(lr) for _ in pictures]
     if "recognizer" in trained:
-        alphabet = model.reader_alphabet or model.alphabet
-        read = [texts_of(model.recognizer.read(x).best, alphabet) for x in pictures.values()]
+        reader = functools.partial(released_reading, model) if model.config.reference else model.recognizer.read
+        read = [texts_of(reader(x).best, model.alphabet) for x in pictures.values()]
     columns = [*pictures, "true text"]
     texts = [list(row) for row in zip(*read, texts_of(batch["tokens"], model.alphabet))]
     return Sheet(draw_sheet(list(pictures.values()), texts, columns), columns, texts)
