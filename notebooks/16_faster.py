@@ -651,6 +651,8 @@ def run(config: FasterConfig) -> int:
     if config.export:
         export_onnx(DiffTSR.from_pretrained(config.weights), config.export)
         print(f"encoder.onnx, step.onnx, decoder.onnx, about.json: {config.export}")
+    if not (config.sweep or config.bench or config.distill):
+        return 0
     folder = config.set or data_folder() / "eval" / "dev"
     file = config.benchmark or data_folder() / "benchmarks" / "faster.json"
     lines = thinned([line for line in labelled(folder) if line.sharp], config.every)

@@ -10,12 +10,9 @@ of a fresh process of the command, for inputs from tiny to the largest that is a
 import argparse
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -23,22 +20,13 @@ import torch
 from PIL import Image
 from torch import nn
 
+from difftsr.evaluate import machine
+from difftsr.faster import median_seconds
 from difftsr.model import DiffTSR, preset
 from difftsr.restore import MAX_PIXELS, load_image, restore
 from difftsr.text_lines import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def median_seconds(call, repeats: int) -> float:
-    """The median duration of `call` over so many repeats, after one that does not count."""
-    call()
-    durations = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        call()
-        durations.append(time.perf_counter() - started)
-    return statistics.median(durations)
 
 
 def convolution_rate(repeats: int) -> float:
@@ -48,16 +36,6 @@ def convolution_rate(repeats: int) -> float:
     with torch.inference_mode():
         seconds = median_seconds(lambda: conv(x), repeats)
     return 2 * 96 * 96 * 9 * x.shape[0] * 64 * 256 / seconds / 1e9
-
-
-def machine() -> str:
-    """The processor's name and how many threads torch uses."""
-    name = platform.processor() or "unknown processor"
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        named = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = named[0] if named else name
-    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def peak_megabytes(command: list[str]) -> float:

@@ -25,10 +25,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import machine
 from difftsr import degradation as deg
 from difftsr.dataset import SIZES, LinePool, SyntheticLines, make_loader
 from difftsr.degradation import DegradationConfig, canvas_batch, degrade, degrade_batch, draw_recipe, to_canvas
+from difftsr.evaluate import machine
 from difftsr.idm import IDMStage, IDMTraining
 from difftsr.model import DiffTSR
 from difftsr.text_lines import VARIED, Alphabet, write_json

@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import parity_common
-from bench import machine
 from difftsr import official
+from difftsr.evaluate import machine
 from difftsr.model import NETWORKS, DiffTSR, preset
 from difftsr.recognizer import Reading
 from difftsr.sampling import sample

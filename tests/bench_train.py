@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bench import machine
+from difftsr.evaluate import machine
 from difftsr.model import DiffTSR, preset
 from difftsr.text_lines import write_json
 from difftsr.train import STAGES, TrainConfig, Trainer, to_device

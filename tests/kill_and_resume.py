@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from bench import machine
+from difftsr.evaluate import machine
 from difftsr.model import DiffTSR, preset
 from difftsr.runs import checkpoints
 from difftsr.text_lines import write_json
