@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .idm import to_released
 from .model import DiffTSR
-from .recognizer import Reading
+from .recognizer import Reading, TransOCR
 from .tdm import top_reading
 from .text_lines import PAD, UNKNOWN, Alphabet
 from .unet import use_winograd
@@ -149,21 +149,25 @@ class Sample:
     trace: list[Step] = field(default_factory=list)
 
 # %% ../notebooks/11_ddim.ipynb #39c01fc9
-def with_text(reading: Reading, tokens: Tensor) -> Reading:
-    """A reading that says `tokens` (B, 24) for certain, at the places where `reading` saw characters.
+def with_text(reading: Reading, tokens: Tensor, recognizer: TransOCR | None = None) -> Reading:
+    """A reading that says `tokens` (B, 24) for certain, and where they stand.
 
-    Where the reader found another number of characters, the given ones are spread evenly over the reader's stretch of
-    the line (the whole line if it read nothing).
+    A `recognizer` whose features the reading holds tells where it looks when it writes them. Without it they stand
+    where `reading` saw characters; if those are more or fewer, evenly over the reader's stretch of the line (the whole
+    line if it read nothing).
     """
-    centers = torch.full(tokens.shape, -1.0, device=tokens.device)
-    for row, given, seen in zip(centers, tokens, reading.centers):
-        count, seen = int((given != PAD).sum()), seen[seen >= 0]
-        if len(seen) == count:
-            row[given != PAD] = seen
-        elif count:
-            half = 0.5 / count
-            first, last = (float(seen.min()), float(seen.max())) if len(seen) > 1 else (half, 1 - half)
-            row[given != PAD] = torch.linspace(first, last, count, device=row.device)
+    if recognizer is not None and reading.features is not None:
+        centers = recognizer.locate(reading.features, tokens)
+    else:
+        centers = torch.full(tokens.shape, -1.0, device=tokens.device)
+        for row, given, seen in zip(centers, tokens, reading.centers):
+            count, seen = int((given != PAD).sum()), seen[seen >= 0]
+            if len(seen) == count:
+                row[given != PAD] = seen
+            elif count:
+                half = 0.5 / count
+                first, last = (float(seen.min()), float(seen.max())) if len(seen) > 1 else (half, 1 - half)
+                row[given != PAD] = torch.linspace(first, last, count, device=row.device)
     fixed = Reading.of(tokens, centers=centers)
     fixed.features = reading.features
     return fixed
@@ -277,7 +281,7 @@ def sample(
         nothing = Reading.none(batch, device)
         guide = FixedText(nothing, model.idm.context(nothing))
     elif text is not None:
-        known = with_text(reading, text)
+        known = with_text(reading, text, model.recognizer)
         guide = FixedText(known, model.mom.text_condition(known) if mode == "full" else model.idm.context(known))
     elif mode == "baseline":
         guide = FixedText(reading, model.idm.context(reading))

@@ -235,7 +235,9 @@ def test_a_restoration_has_height_128_and_the_ratio_of_its_input(model, size):
 
 @pytest.mark.parametrize("mode", ["full", "baseline", "no-text"])
 def test_the_same_seed_gives_the_same_bytes(model, line, mode):
-    first, second, other = (restore(model, line, mode=mode, seed=seed) for seed in (3, 3, 4))
+    first, second, other = (
+        restore(model, line, mode=mode, seed=seed, do_no_harm=False) for seed in (3, 3, 4)
+    )
     assert picture(first.image) == picture(second.image) and first.text == second.text
     assert picture(first.image) != picture(other.image)
 
@@ -300,7 +302,7 @@ def test_the_gate_has_the_last_word_unless_it_is_off_or_the_text_is_known(model,
     finally:
         model.config.mismatch_limit = limit
     assert stopped.gate.action == "input" and stopped.gate.reasons
-    plain = canvas_to_line(line_to_canvas(np.asarray(line), (32, 128)), 3.0)
+    plain = canvas_to_line(line_to_canvas(np.asarray(line), (32, 128), interpolation="linear"), 3.0)
     assert np.abs(np.asarray(stopped.image).astype(int) - np.asarray(plain)).max() <= 1
 
 

@@ -221,7 +221,9 @@ def oracle_model(image, answer, alphabet):
         config=SimpleNamespace(steps=4, image_size=(8, 32), temperature=1.0, reference=False),
         alphabet=alphabet,
         vae=SimpleNamespace(to_latent=lambda x: x, from_latent=lambda z: z),
-        recognizer=SimpleNamespace(read=lambda x: wrong[: len(x)]),
+        recognizer=SimpleNamespace(
+            read=lambda x: wrong[: len(x)], locate=lambda features, tokens: torch.full(tokens.shape, 0.5)
+        ),
         idm=SimpleNamespace(
             diffusion=diffusion, predict=predict, context=lambda reading: ("baseline", reading),
             unet=SimpleNamespace(fixed_text=nullcontext),
