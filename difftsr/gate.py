@@ -62,7 +62,7 @@ class GateConfig:
     mismatch: float = 0.60  # limit of a character's mean mismatch: 95 of 100 true lines stay under it
     refused: float = 0.0  # the line is refused whole where more of its width than this share is refused
     worse: float = 0.02  # the line's mean certainty may fall by so much
-    sure: float = 0.85  # mean probability that its characters are right, below which a line is not shown as drawn
+    sure: float = 0.90  # mean probability that its characters are right, below which a line is not shown as drawn
     feather: float = 0.06  # width of the seam between two characters, in heights of the canvas
 
 

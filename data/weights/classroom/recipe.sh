@@ -1,21 +1,33 @@
 #!/usr/bin/env bash
-# How the classroom weights are made, from nothing: bash data/weights/classroom/recipe.sh [FOLDER]
+# How the classroom weights are made, from nothing: bash data/weights/classroom/recipe.sh [FOLDER [SHARE]]
 #
-# Minutes decide: give more where you have more. README.md says what each stage got for the edition beside this file, and
-# where it went another way: it grew in smaller steps, on cores that were shared with other work, and its recogniser
-# started from the first edition's. Needs the fonts that `python -m difftsr.text_lines --fonts` lists; with fewer of
-# them the lines are less varied.
+# Minutes decide: give more where you have more. SHARE scales them, and the number of lines (0.01 tries the whole in some
+# minutes). README.md says what each stage got for the edition beside this file, and where it went another way: it grew in
+# smaller steps, on cores that were shared with other work, and its recogniser started from the first edition's. Needs the
+# fonts that `python -m difftsr.text_lines --fonts` lists; with fewer of them the lines are less varied.
 set -euo pipefail
-run="${1:-runs/classroom}"
-pool="$run/pool"
-train() { python -m difftsr.train --preset classroom --output "$run" --data "pool:$pool" "$@"; }
+run="${1:-runs/classroom}" share="${2:-1}"
+of() { awk "BEGIN { print $1 * $share }"; }
+pool() {  # NAME COUNT SEED ...
+  [[ -d "$run/$1" ]] || python -m difftsr.dataset --pool "$run/$1" --count "$(of "$2" | cut -d. -f1)" --degradations 2 --seed "$3" "${@:4}"
+}
+train() {  # STAGE POOL MINUTES ...
+  python -m difftsr.train --preset classroom --output "$run" --stage "$1" --data "pool:$run/$2" --minutes "$(of "$3")" "${@:4}"
+}
 
-[[ -d "$pool" ]] || python -m difftsr.dataset --pool "$pool" --count 20000 --degradations 2 --identity 0.08 --seed 11
+pool pool 24000 13 --identity 0.08
+pool severe 14000 17 --identity 0 --strength severe
 
-train --stage vae --minutes 21 --warmup 50 --seed 1
-train --stage recognizer --minutes 140 --seed 5
+train vae pool 21 --warmup 50 --seed 1
+train recognizer pool 190 --seed 5
 # Mostly at the first time, and from the mean of its noise: a small model that takes one step learns that step.
-train --stage idm --minutes 30 --warmup 40 --learning-rate 1e-3 --seed 22 --overrides first 0.75 temperature 0 ocr_weight 0
-train --stage few-step --minutes 60 --warmup 40 --learning-rate 4e-4 --ema 0.99 --seed 23
-train --stage tdm --minutes 8 --warmup 20 --batch-size 32 --ema 0.99 --seed 31
-train --stage mom --minutes 5 --warmup 20 --batch-size 8 --ema 0.99 --seed 32
+train idm pool 39 --warmup 40 --learning-rate 1e-3 --seed 22 --overrides first 0.75 temperature 0 ocr_weight 0
+# One step and its decoder learn to be sharp; then to draw what they are told, first where only the text can help, and
+# then everywhere, with texts as they are read.
+train few-step pool 58 --warmup 40 --learning-rate 4e-4 --ema 0.99 --seed 23 --overrides ocr_weight 0
+train few-step severe 36 --warmup 20 --learning-rate 6e-4 --ema 0.98 --seed 61 \
+  --overrides max_steps 1 columns 16 ocr_lines 8 decoder false jitter 0.004 text_mix 0.1,0.75,0.1,0.05
+train few-step pool 42 --warmup 20 --learning-rate 5e-4 --ema 0.98 --seed 62 \
+  --overrides max_steps 1 jitter 0.004 text_mix 0.35,0.45,0.1,0.1
+train tdm pool 30 --warmup 20 --batch-size 32 --ema 0.98 --seed 31 --overrides text_mix 0.8,0.1,0.05,0.05
+train mom pool 4 --warmup 20 --batch-size 8 --ema 0.98 --seed 32
