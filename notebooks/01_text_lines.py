@@ -52,6 +52,11 @@ if "google.colab" in sys.modules:
 if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
 
+# %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("text_lines")
+
 # %% [markdown]
 # **What you will build**
 #

@@ -61,6 +61,11 @@ if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
 
 # %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("mom")
+
+# %%
 #| default_exp mom
 
 # %%
