@@ -15,7 +15,7 @@
 #
 # **What you will understand.** What each network is for, and which lesson builds it.
 #
-# **What it needs.** Half a minute and 1 GB of memory on two CPU cores. Nothing to install beyond the project.
+# **What it needs.** 0.5 minutes and 1 GB of memory on two CPU cores. Nothing to install beyond the project.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/00_tour.ipynb)

@@ -15,7 +15,7 @@
 #
 # **What you will understand.** How to work the exercises, alone or in a class, and how to write one.
 #
-# **What you need.** Nothing but Python. A few seconds.
+# **What you need.** Nothing but Python. 0.5 minutes and 0.5 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/00b_exercises.ipynb)

@@ -72,7 +72,7 @@ where_it_sits("text_lines")
 # - why a realistic sampler alone would hide three quarters of the alphabet from the model;
 # - how a picture of a line is composed from one grey mask, a warp and a few layers.
 #
-# **What it needs**: about 15 seconds and 600 MB on two CPU cores; no GPU, no download.
+# **What it needs**: 0.5 minutes and 0.6 GB of memory on two CPU cores; no GPU, no download.
 
 # %%
 #| default_exp text_lines

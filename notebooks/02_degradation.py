@@ -22,7 +22,7 @@
 # what
 # *blind* means, what each kind of damage does to strokes, and how hard training lines should be.
 #
-# **It needs** a minute on two CPU cores and 1 GB of memory; no GPU, no weights.
+# **It needs** 1 minute and 1 GB of memory on two CPU cores; no GPU, no weights.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/02_degradation.ipynb)

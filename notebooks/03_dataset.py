@@ -70,7 +70,7 @@ where_it_sits("dataset")
 # - the cleaning rules of the method's authors, and what happens to a record that breaks them;
 # - when it pays to render ahead.
 #
-# **What it needs**: about half a minute and 700 MB on two CPU cores; no GPU, no download.
+# **What it needs**: 0.5 minutes and 0.7 GB of memory on two CPU cores; no GPU, no download.
 
 # %%
 #| default_exp dataset

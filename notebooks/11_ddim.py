@@ -13,7 +13,7 @@
 #
 # **What you will understand.** Why DDIM may skip 980 of 1,000 steps; which times to visit and why the last step must not add noise; what few steps cost, exactly; how a text of noise becomes a text; and where the released code does something else.
 #
-# **What you need.** Lessons 07 to 10. About half a minute on two CPU cores, 1.5 GB of memory.
+# **What you need.** Lessons 07 to 10. 0.5 minutes and 1.5 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/11_ddim.ipynb)
@@ -120,7 +120,22 @@ set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})  # noise as PNG would
 #
 # $$q_\sigma(z_s \mid z_t, z_0) = \mathcal N\!\left(\sqrt{\bar\alpha_s}\, z_0 + \sqrt{1 - \bar\alpha_s - \sigma^2}\; \frac{z_t - \sqrt{\bar\alpha_t}\, z_0}{\sqrt{1 - \bar\alpha_t}},\; \sigma^2\right).$$
 #
-# Part of the noise that is already in $z_t$ is kept, part is replaced by fresh noise of standard deviation $\sigma$. The process is not Markovian in the forward direction, since $z_s$ knows $z_0$, and nothing in the formula asks $s$ to be $t - 1$. Let us check on plain numbers that the marginal at $s$ is right for every $\sigma$.
+# Part of the noise that is already in $z_t$ is kept, part is replaced by fresh noise of standard deviation $\sigma$.
+#
+# **Where it comes from.** Let $z_s$ be some mixture of the two things it may know, and fresh noise: $z_s = a\, z_0 + b\,
+# z_t + \sigma \epsilon'$. Put in the marginal of $z_t$:
+#
+# $$z_s = (a + b \sqrt{\bar\alpha_t})\, z_0 + \big(b \sqrt{1 - \bar\alpha_t}\; \epsilon + \sigma \epsilon'\big) .$$
+#
+# The marginal at $s$ wants $\sqrt{\bar\alpha_s}$ before $z_0$ and $1 - \bar\alpha_s$ as the variance of the bracket:
+#
+# $$a + b \sqrt{\bar\alpha_t} = \sqrt{\bar\alpha_s}, \qquad b^2 (1 - \bar\alpha_t) + \sigma^2 = 1 - \bar\alpha_s .$$
+#
+# Two equations for three unknowns. The second gives $b = \sqrt{1 - \bar\alpha_s - \sigma^2} / \sqrt{1 -
+# \bar\alpha_t}$, the first then gives $a$, and collecting $b$ gives the formula above; $\sigma$ stays free, between 0
+# and $\sqrt{1 - \bar\alpha_s}$. The process is not Markovian in the forward direction, since $z_s$ knows $z_0$, and
+# nothing here asks $s$ to be $t - 1$. Let us check on plain numbers that the marginal at $s$ is right for every
+# $\sigma$.
 
 # %%
 def naive_step(z0, z_t, a_t, a_s, sigma, generator):
@@ -171,6 +186,32 @@ def ddim_step(
     if noise is None:
         raise ValueError("eta > 0 adds noise in every step: pass noise")
     return z_s + sigma * noise
+
+
+# %% [markdown]
+# Why does $\eta = 1$ carry the name of DDPM? There the forward process *is* a Markov chain, and Bayes leaves no choice:
+# $q(z_s \mid z_t, z_0) \propto q(z_t \mid z_s)\, q(z_s \mid z_0)$. With $\alpha = \bar\alpha_t / \bar\alpha_s$ both
+# factors are Gaussians in $z_s$, the first around $z_t / \sqrt\alpha$ with precision (one over variance) $\alpha / (1 -
+# \alpha)$, the second around $\sqrt{\bar\alpha_s} z_0$ with precision $1 / (1 - \bar\alpha_s)$. Precisions add, and
+# the mean is weighted by them:
+#
+# $$\frac1{\sigma^2} = \frac{\alpha}{1 - \alpha} + \frac{1}{1 - \bar\alpha_s} = \frac{1 - \bar\alpha_t}{(1 - \alpha)(1
+# - \bar\alpha_s)}, \qquad \text{mean} = \sigma^2 \left( \frac{\sqrt\alpha}{1 - \alpha}\, z_t +
+# \frac{\sqrt{\bar\alpha_s}}{1 - \bar\alpha_s}\, z_0 \right) .$$
+#
+# That $\sigma$ is the one above with $\eta = 1$. Is the mean the one of `ddim_step`, too?
+
+# %%
+alpha = a_t / a_s
+variance = 1 / (alpha / (1 - alpha) + 1 / (1 - a_s))
+by_bayes = variance * (math.sqrt(alpha) / (1 - alpha) * z_t + math.sqrt(a_s) / (1 - a_s) * z0)
+eps = (z_t - math.sqrt(a_t) * z0) / math.sqrt(1 - a_t)
+two_levels = torch.tensor([a_s, a_t])  # times 0 and 1
+mean, one_up = (
+    ddim_step(z0, eps, 1, s=0, alpha_bar=two_levels, eta=1.0, noise=torch.full_like(z0, n)) for n in (0.0, 1.0)
+)
+assert torch.allclose(mean, by_bayes, atol=1e-5) and abs((one_up - mean)[0] - math.sqrt(variance)) < 1e-5
+print(f"std of the step {(one_up - mean)[0]:.4f}, by Bayes {math.sqrt(variance):.4f}; the means agree")
 
 
 # %% [markdown]
@@ -411,6 +452,14 @@ print("asked for", p, " drawn", [round(float(x), 2) for x in drawn.bincount() / 
 # %% [markdown]
 # > **The released code, row 13.** No seed, one image at a time, a GPU or nothing, the pixels truncated to 8 bits. Here: seeds, batches, any device, rounding; the next lesson restores the aspect ratio.
 #
+# What truncating does: it takes away whatever stands behind the point, half a level on average, and always downwards.
+
+# %%
+exact = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 255  # grey levels before they become bytes
+for name, byte in (("truncated", exact.byte()), ("rounded", exact.round().byte())):
+    print(f"{name:9s}: mean error {(byte - exact).mean():5.2f} levels, largest {(byte - exact).abs().max():.2f}")
+
+# %% [markdown]
 # ## 7. The text takes part
 #
 # The text diffusion of lesson 08 walks from random characters to a text, along the same $t$. A step of any length uses the strided posterior $q(c_s \mid c_t, c_0)$ with $\alpha = \bar\alpha_t / \bar\alpha_s$, and a network's distribution over $c_0$ is mixed in the way that it was trained for (`Denoiser.posterior`). Here is a text on its way, with an oracle that knows the answer in place of the network: it begins as noise, yet any number of steps ends at the answer.
@@ -654,6 +703,30 @@ def sample(
 
 # %% [markdown]
 # > **The released code, rows 1 and 4.** Its sampler has `general=True` by default: the TDM is never called, and the text context never sees the image. Here that is the named fast path `mode="baseline"`. It also starts from $z_{LR}$ noised to $t = 999$, in wrong units, through which a little of the LR colours leaks. Ours starts from pure noise; `start="lr"` with a `strength` below 1 is the honest version of the other idea: skip the first steps, and begin from a noised $z_{LR}$ at the level that belongs to it.
+#
+# How much leaks? The oracle of section 3 knows that the clean latent has mean 1. Let the degraded line have lost its
+# colour, $z_{LR} = 0.5$, in units where latents have variance one; unscaled, as the release noises it, it is $1 /
+# 0.18215$ times as large. Twenty steps on the published schedule, from pure noise and from both:
+
+# %%
+def ends_at(begin):
+    """Mean that the oracle's 20 steps reach from noise around `begin`, published schedule."""
+    z, times = torch.randn(100_000, generator=torch.Generator().manual_seed(0)) + begin, timesteps(20, T)
+    for t, s in zip(times, [*times[1:], -1]):
+        z = ddim_step(*gaussian_oracle(z, t, published, std=1.0), t, s=s, alpha_bar=published)
+    return float(z.mean())
+
+
+root = math.sqrt(level(published, T - 1))
+print(f"what a clean latent of 1 leaves at t = 999: {root:.4f}")
+for name, z_lr in (("pure noise", 0.0), ("right units", 0.5), ("unscaled", 0.5 / 0.18215)):
+    print(f"from {name:11s}: the sample's mean is {ends_at(root * z_lr):.3f}")
+
+# %% [markdown]
+# All three end within two hundredths of 1: with the published schedule a hundredth of the latent is all that is left at
+# $t = 999$. So for an exact denoiser the leak hardly matters; it is a habit without a use, and in wrong units it pulls
+# the colour beyond the truth, where pure noise stays a little short of it. (That pure noise does not end at 1 is the
+# schedule's fault, which does not reach zero: lesson 07.)
 #
 # ## 8. A real line, step by step
 

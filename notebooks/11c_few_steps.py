@@ -13,7 +13,7 @@
 #
 # **What you will understand.** What one step of a diffusion model is, and is not; why a model that is trained at random times does badly when it takes few steps; why the second step must be trained on the model's own first step; and what speed costs.
 #
-# **What you need.** Lessons 04, 07 and 11. About a minute on two CPU cores, 1.5 GB of memory.
+# **What you need.** Lessons 04, 07 and 11. 1 minute and 1.5 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/11c_few_steps.ipynb)
