@@ -15,14 +15,15 @@ from .recognizer import Reading
 from .sampling import ddim_step, timesteps
 from .vae import LPIPS
 
-# %% ../notebooks/11c_few_steps.ipynb #612a53c5
+# %% ../notebooks/11c_few_steps.ipynb #ff535af2
 @dataclass
 class FewStepTraining(IDMTraining):
     """How the image diffusion learns to take few steps. What the decoder makes of its answers is compared in pixels."""
 
     learning_rate: float = 2e-4
     batch_size: int = 8
-    ocr_weight: float = 0.0  # reading `ocr_lines` whole lines a step costs more than all the rest: off by default
+    ocr_weight: float = 0.1  # without it the text is not listened to
+    ocr_lines: int = 6  # of a batch; a line that is read is decoded whole, which costs as much as all the rest
     max_steps: int = 2  # restorations of 1 .. so many steps are trained, each equally often
     columns: int = 32  # width of the decoded part, in cells of the latent: decoding costs most
     l1: float = 1.0

@@ -62,6 +62,7 @@ class GateConfig:
     mismatch: float = 0.60  # limit of a character's mean mismatch: 95 of 100 true lines stay under it
     refused: float = 0.0  # the line is refused whole where more of its width than this share is refused
     worse: float = 0.02  # the line's mean certainty may fall by so much
+    sure: float = 0.85  # mean probability that its characters are right, below which a line is not shown as drawn
     feather: float = 0.06  # width of the seam between two characters, in heights of the canvas
 
 
@@ -134,11 +135,13 @@ def certainty(reading: Reading) -> Tensor:
 
 
 def judge_line(
-    restored: Tensor, lr: Tensor, size: tuple[int, int], *, before: Reading, after: Reading, config: GateConfig
-) -> tuple[Tensor, Verdict]:
+    restored: Tensor, lr: Tensor, size: tuple[int, int], *, safe: Tensor, before: Reading, after: Reading,
+    config: GateConfig, sure: Sequence[float] | None = None,
+) -> tuple[Tensor, Verdict]:  # fmt: skip
     """The first two questions on one line: its blend (3, H, W), and what was decided.
 
-    restored, lr: (3, H, W). size: of the input before it was brought to the canvas. before, after: readings (B = 1).
+    restored, lr, safe: (3, H, W). size: of the input before it was brought to the canvas. before, after: readings
+    (B = 1). sure: of each character of the text that was drawn, the probability that it is right, where known.
     """
     width = lr.shape[2]
     trust, reasons = read_trust(before, after, config)
@@ -153,35 +156,44 @@ def judge_line(
     shares = torch.tensor([float(last - first) for first, last in places])
     refused = float(shares[trust == 0].sum() / shares.sum())
     if refused > config.refused:
-        return lr, Verdict("input", trust.tolist(), [*reasons, f"{refused:.0%} of the line was refused"])
+        return safe, Verdict("input", trust.tolist(), [*reasons, f"{refused:.0%} of the line was refused"])
+    if sure and (mean := sum(sure) / len(sure)) < config.sure:
+        return safe, Verdict("input", trust.tolist(), [*reasons, f"of the text that was drawn, {mean:.0%} is certain"])
     if bool((trust == 1).all()):
         return restored, Verdict("kept", trust.tolist(), reasons)
     mask = mask_of(trust, places, width, config.feather * lr.shape[1]).to(lr)
-    return lr + mask * (restored - lr), Verdict("blended", trust.tolist(), reasons)
+    return safe + mask * (restored - safe), Verdict("blended", trust.tolist(), reasons)
 
 
 @torch.no_grad()
 def gate(
     recognizer: TransOCR, restored: Tensor, lr: Tensor, sizes: Sequence[tuple[int, int]], *,
-    config: GateConfig, before: Reading | None = None,
+    config: GateConfig, before: Reading | None = None, safe: Tensor | None = None,
+    sure: Sequence[Sequence[float]] | None = None,
 ) -> tuple[Tensor, list[Verdict]]:  # fmt: skip
     """Let pass what does no harm: the canvases (B, 3, H, W) that may be shown, and one verdict a line.
 
     restored, lr: (B, 3, H, W) in [-1, 1]. sizes: (height, width) of each input before it was brought to the canvas.
-    before: the readings of `lr`, where they are known already. Only our own recogniser is asked, never a judge.
+    before: the readings of `lr`, where they are known already. safe: the input as it is shown where it is put back,
+    `lr` by default. sure: for each line, the calibrated probabilities (lesson 11d) that the characters it was drawn
+    with are right. Only our own recogniser is asked, never a judge.
     """
     before = recognizer.read(lr) if before is None else before
+    safe = lr if safe is None else safe
     restored = same_light(restored, lr).clamp(-1, 1)
     after = recognizer.read(restored)
     judged = [
-        judge_line(restored[i], lr[i], size, before=before[i : i + 1], after=after[i : i + 1], config=config)
+        judge_line(
+            restored[i], lr[i], size, safe=safe[i], before=before[i : i + 1], after=after[i : i + 1], config=config,
+            sure=None if sure is None else sure[i],
+        )  # fmt: skip
         for i, size in enumerate(sizes)
     ]
     images, verdicts = torch.stack([image for image, _ in judged]), [verdict for _, verdict in judged]
     fallen = certainty(before) - certainty(recognizer.read(images))
     for i, verdict in enumerate(verdicts):
         if verdict.action != "input" and float(fallen[i]) > config.worse:
-            images[i], verdict.action = lr[i], "input"
+            images[i], verdict.action = safe[i], "input"
             verdict.reasons.append(f"the line became less certain by {float(fallen[i]):.2f}")
     return images, verdicts
 

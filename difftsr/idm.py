@@ -385,8 +385,9 @@ def text_conditions(
 ) -> Reading:
     """The texts under which a batch is trained: for each line one of four kinds, drawn with the shares `mix`.
 
-    A real reading; the truth with random confidences; a simulated misreading (`confused`); no text at all. The target
-    of the training stays the truth.
+    A real reading; the truth, for half of these lines with random confidences and for half with the confidence 1 of a
+    text that somebody knows; a simulated misreading (`confused`); no text at all. The target of the training stays the
+    truth.
 
     tokens (B, n) and centers (B, n) are the truth. `reading` holds the real readings of all B lines, or is a function
     that reads the lines with the given indices, called once with those that need it; without it their share goes to
@@ -403,6 +404,8 @@ def text_conditions(
 
     guess = confused(tokens, centers, generator, similar)
     trust = 0.2 + 0.8 * torch.rand(tokens.shape, generator=generator, device=generator.device).to(device)
+    known = torch.rand((batch, 1), generator=generator, device=generator.device).to(device) < 0.5
+    trust = torch.where(known, 1.0, trust)
     truth = Reading(tokens[..., None], trust[..., None], centers)
     rows = (kind == REAL).nonzero()[:, 0]
     real = (reading(rows) if callable(reading) else reading[rows]) if len(rows) else None

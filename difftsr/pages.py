@@ -194,7 +194,7 @@ def restore_lines(
     """Restore lines (h, w, 3) uint8 RGB of any length, at least as wide as high: long ones in pieces, without a seam.
 
     text: one known text per line, of any length. height: of the results, one for all or one per line. batch: pieces
-    that are restored together. progress: show a bar. Further settings go to `restore_batch`.
+    that are restored together. progress: show bars over pieces and steps. Further settings go to `restore_batch`.
     Raises `ValueError` for what is no line of text.
     """
     for image in images:
@@ -209,7 +209,7 @@ def restore_lines(
     for first in tqdm(range(0, len(pieces), batch), "pieces of lines", leave=False, disable=silent):
         chosen = slice(first, first + batch)
         told = None if known is None else known[chosen]
-        done += restore_batch(model, pieces[chosen], text=told, height=high[chosen], **settings)
+        done += restore_batch(model, pieces[chosen], text=told, height=high[chosen], progress=progress, **settings)
     parts = iter(done)
     return [join_restorations(i, [next(parts) for _ in columns], columns) for i, columns in zip(images, spans)]
 

@@ -4,7 +4,7 @@
 __all__ = ['SUFFIXES', 'RATIO', 'MIN_SIDE', 'MAX_PIXELS', 'TALL', 'Reader', 'eight_bits', 'to_rgb', 'check_size', 'Picture',
            'in_profile', 'decode', 'read_picture', 'load_image', 'as_array', 'line_to_canvas', 'canvas_to_line',
            'ppocr_engine', 'ppocr_reading', 'spread_places', 'Candidate', 'Restoration', 'legibility', 'restore_batch',
-           'to_restoration', 'witness', 'ranked', 'restore', 'main']
+           'to_restoration', 'ranked', 'restore', 'main']
 
 # %% ../notebooks/12_restore.ipynb #fb234d2a
 import io
@@ -176,15 +176,17 @@ def as_array(image: np.ndarray | Image.Image | str | os.PathLike) -> np.ndarray:
     return image
 
 
-def line_to_canvas(image: np.ndarray, size: tuple[int, int], reference: bool = False) -> Tensor:
+def line_to_canvas(
+    image: np.ndarray, size: tuple[int, int], reference: bool = False, interpolation: str = "cubic"
+) -> Tensor:
     """A line, uint8 (h, w, 3), stretched to the canvas `size` = (H, W): float32 (3, H, W) in [-1, 1].
 
-    `reference`: by Pillow's bicubic filter, as the released script does it.
+    `reference`: by Pillow's bicubic filter, as the released script does it. Otherwise see `to_canvas` of lesson 02.
     """
     if reference:
         canvas = np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))
     else:
-        canvas = to_canvas(np.ascontiguousarray(image), size=size)
+        canvas = to_canvas(np.ascontiguousarray(image), size=size, interpolation=interpolation)
     return torch.from_numpy(canvas).permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -327,13 +329,21 @@ def restore_batch(
     scores = torch.stack([legibility(model, a.image, a.tokens) for a in attempts]) if candidates > 1 else None
     best = [0] * len(arrays) if scores is None else scores.argmax(0).tolist()
     chosen = torch.stack([attempts[k].image[i] for i, k in enumerate(best)])
-    verdicts = [None] * len(arrays)
+    verdicts, evidence = [None] * len(arrays), [[]] * len(arrays)
+    if not reference:
+        after = model.recognizer.read(chosen)
+        evidence = [
+            gather(attempts[k].tokens[i], attempts[k].probs[i], own[i : i + 1], after[i : i + 1])
+            for i, k in enumerate(best)
+        ]
     if do_no_harm and text is None and not reference:  # who says what the line says may change what is read
         config = GateConfig(mismatch=model.config.mismatch_limit)
+        sure = [confidence(line, model.config.certainty) for line in evidence]
+        safe = torch.stack([line_to_canvas(a, size, interpolation="linear") for a in arrays]).to(device)
         chosen, verdicts = gate(
-            model.recognizer, chosen, lr, [a.shape[:2] for a in arrays], config=config, before=own
+            model.recognizer, chosen, lr, [a.shape[:2] for a in arrays], config=config, before=own, safe=safe, sure=sure
         )  # fmt: skip
-    after = None if reference else model.recognizer.read(chosen)
+        after = model.recognizer.read(chosen)
     heights = [height] * len(arrays) if isinstance(height, int) else height
     results = []
     for i, (k, array) in enumerate(zip(best, arrays)):
@@ -341,8 +351,10 @@ def restore_batch(
             model, attempts[k], i, chosen[i], array.shape[1] / array.shape[0], height=heights[i], seed=seed + k
         )
         result.gate = verdicts[i]
-        if after is not None:
-            witness(model, result, attempts[k], own, after, index=i, known=text is not None)
+        if not reference:
+            result.read_from_output, result.evidence = after[i : i + 1].text(model.alphabet)[0], evidence[i]
+            if text is None:  # a known text is certain
+                result.confidence = confidence(evidence[i], model.config.certainty)
         if scores is not None:
             result.candidates = ranked(model, attempts, scores[:, i], index=i, size=result.image.size, seed=seed)
         if text is not None:
@@ -366,17 +378,6 @@ def to_restoration(
         seed=seed,
         trace=[step[index] for step in result.trace],
     )
-
-
-def witness(
-    model: DiffTSR, result: Restoration, attempt: Sample, before: Reading, after: Reading, *, index: int, known: bool
-) -> None:
-    """Fill in what lesson 11d says of line `index`; a known text is certain, and stays so."""
-    line = slice(index, index + 1)
-    result.read_from_output = after[line].text(model.alphabet)[0]
-    result.evidence = gather(attempt.tokens[index], attempt.probs[index], before[line], after[line])
-    if not known:
-        result.confidence = confidence(result.evidence, model.config.certainty)
 
 
 def ranked(

@@ -2,23 +2,24 @@
 
 # %% auto #0
 __all__ = ['Mode', 'level', 'ddim_step', 'timesteps', 'reference_timesteps', 'dpm_solver_2m', 'LineNoise', 'Step', 'Sample',
-           'with_text', 'FixedText', 'JointText', 'sample', 'from_released', 'simplified', 'released_reading',
-           'reference_sample']
+           'with_text', 'FixedText', 'JointText', 'step_bar', 'sample', 'from_released', 'simplified',
+           'released_reading', 'reference_sample']
 
 # %% ../notebooks/11_ddim.ipynb #a7c70082
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .idm import to_released
 from .model import DiffTSR
-from .recognizer import Reading
+from .recognizer import Reading, TransOCR
 from .tdm import top_reading
 from .text_lines import PAD, UNKNOWN, Alphabet
 from .unet import use_winograd
@@ -149,21 +150,25 @@ class Sample:
     trace: list[Step] = field(default_factory=list)
 
 # %% ../notebooks/11_ddim.ipynb #39c01fc9
-def with_text(reading: Reading, tokens: Tensor) -> Reading:
-    """A reading that says `tokens` (B, 24) for certain, at the places where `reading` saw characters.
+def with_text(reading: Reading, tokens: Tensor, recognizer: TransOCR | None = None) -> Reading:
+    """A reading that says `tokens` (B, 24) for certain, and where they stand.
 
-    Where the reader found another number of characters, the given ones are spread evenly over the reader's stretch of
-    the line (the whole line if it read nothing).
+    A `recognizer` whose features the reading holds tells where it looks when it writes them. Without it they stand
+    where `reading` saw characters; if those are more or fewer, evenly over the reader's stretch of the line (the whole
+    line if it read nothing).
     """
-    centers = torch.full(tokens.shape, -1.0, device=tokens.device)
-    for row, given, seen in zip(centers, tokens, reading.centers):
-        count, seen = int((given != PAD).sum()), seen[seen >= 0]
-        if len(seen) == count:
-            row[given != PAD] = seen
-        elif count:
-            half = 0.5 / count
-            first, last = (float(seen.min()), float(seen.max())) if len(seen) > 1 else (half, 1 - half)
-            row[given != PAD] = torch.linspace(first, last, count, device=row.device)
+    if recognizer is not None and reading.features is not None:
+        centers = recognizer.locate(reading.features, tokens)
+    else:
+        centers = torch.full(tokens.shape, -1.0, device=tokens.device)
+        for row, given, seen in zip(centers, tokens, reading.centers):
+            count, seen = int((given != PAD).sum()), seen[seen >= 0]
+            if len(seen) == count:
+                row[given != PAD] = seen
+            elif count:
+                half = 0.5 / count
+                first, last = (float(seen.min()), float(seen.max())) if len(seen) > 1 else (half, 1 - half)
+                row[given != PAD] = torch.linspace(first, last, count, device=row.device)
     fixed = Reading.of(tokens, centers=centers)
     fixed.features = reading.features
     return fixed
@@ -209,6 +214,11 @@ class JointText:
         return predicted, mom.text_condition(predicted)
 
 # %% ../notebooks/11_ddim.ipynb #fac0ce64
+def step_bar(steps: Sequence, progress: bool) -> Iterable:
+    """The steps of a loop, with a bar where it is asked for, there is more than one, and somebody can see it."""
+    return tqdm(steps, desc="steps", leave=False, disable=None if progress and len(steps) > 1 else True)
+
+
 @torch.no_grad()
 def sample(
     model: DiffTSR,
@@ -225,6 +235,7 @@ def sample(
     text: Tensor | None = None,
     reading: Reading | None = None,
     trace: bool = False,
+    progress: bool = False,
 ) -> Sample:
     """Restore a batch of canvases `lr` (B, 3, H, W) in [-1, 1] with both diffusions.
 
@@ -235,7 +246,7 @@ def sample(
     solver: "ddim", or "dpm" for DPM-Solver++(2M). start="lr" begins at time strength * T from the noised LR latent
     instead of from pure noise. temperature: scale of the noise of the start, the model's by default; 0 is its mean,
     from which the result does not depend on the seed (with eta 0). text: tokens (B, 24) that are known; they are never
-    changed. trace: keep every step.
+    changed. trace: keep every step. progress: show a bar over the steps.
     Released weights (`config.reference`) go through `reference_sample`, with eta .2 by default.
     Raises `ValueError` for settings outside these.
     """
@@ -257,6 +268,7 @@ def sample(
         return reference_sample(
             model, lr, steps=model.config.steps if steps is None else steps, eta=0.2 if eta is None else eta,
             mode="baseline" if text is not None else mode, noise=LineNoise(seeds, device), text=text, trace=trace,
+            progress=progress,
         )  # fmt: skip
     temperature = model.config.temperature if temperature is None else temperature
     if not 0 <= temperature <= 1:
@@ -277,7 +289,7 @@ def sample(
         nothing = Reading.none(batch, device)
         guide = FixedText(nothing, model.idm.context(nothing))
     elif text is not None:
-        known = with_text(reading, text)
+        known = with_text(reading, text, model.recognizer)
         guide = FixedText(known, model.mom.text_condition(known) if mode == "full" else model.idm.context(known))
     elif mode == "baseline":
         guide = FixedText(reading, model.idm.context(reading))
@@ -286,7 +298,7 @@ def sample(
 
     steps_done, previous, eta = [], None, eta or 0.0
     with model.idm.unet.fixed_text() if isinstance(guide, FixedText) else nullcontext():
-        for t, s in zip(times, [*times[1:], -1]):
+        for t, s in step_bar(list(zip(times, [*times[1:], -1])), progress):
             c_t = guide.c_t
             condition, context = guide.step(z_t, t, s)
             z0, eps = model.idm.predict(z_t, z_lr, torch.full((batch,), t, device=device), context, condition)
@@ -348,6 +360,7 @@ def reference_sample(
     text: Tensor | None = None,
     trace: bool = False,
     winograd: bool = True,
+    progress: bool = False,
 ) -> Sample:
     """Restore canvases `lr` (B, 3, H, W) in [-1, 1] with the published networks, in the released order and units.
 
@@ -355,6 +368,7 @@ def reference_sample(
     "full" is `general=False`; "no-text" gives padding instead of a text. Draws come from `noise` in this order:
     the posterior of z_lr, the start, and in every step the image's and then the text's. winograd: on a CPU compute
     large convolutions with fewer multiplications (lesson 06, section 7): three fifths of the time, 5 GB more memory.
+    progress: show a bar over the steps.
     """
     if winograd and lr.device.type == "cpu":
         use_winograd(model)
@@ -372,7 +386,7 @@ def reference_sample(
 
     context, steps_done = model.mom.text_condition(tokens), []
     with nullcontext() if mode == "full" else unet.fixed_text():
-        for index, t in zip(range(len(times) - 1, -1, -1), times):
+        for index, t in step_bar(list(zip(range(len(times) - 1, -1, -1), times)), progress):
             s = times[len(times) - index] if index else 0
             batch_t = torch.full((len(z),), t, device=z.device)
             if mode == "full":

@@ -932,6 +932,16 @@ class TransOCR(nn.Module):
         return Reading(tokens, probs, centers, features)
 
     @torch.no_grad()
+    def locate(self, features: Tensor, tokens: Tensor) -> Tensor:
+        """Where the characters of a text that is known stand: centres (B, n) in [0, 1], -1 for padding.
+
+        features: of the images, (B, C, h, w). tokens (B, n): the decoder is made to write them, and watched.
+        """
+        _, weights, _ = self.decode(self.shifted(tokens), self.columns(features))  # (B, heads, n, h w)
+        looks = [expected_column(one, features.shape) for one in weights.unbind(2)]
+        return torch.where(tokens == self.config.end, -1.0, torch.stack(looks, 1))
+
+    @torch.no_grad()
     def calibrate(self, images: Tensor, tokens: Tensor) -> float:
         """Set the temperature that makes the probabilities of `read` honest on these lines, and return it.
 

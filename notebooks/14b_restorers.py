@@ -394,7 +394,7 @@ def real_esrgan_restorer(name: str, model: str) -> Callable[[RestorerConfig], Re
 
 # %%
 #| export
-FIXED = {"model", "image", "images", "lr", "reading", "trace", "height", "settings"}  # no settings of a row
+FIXED = {"model", "image", "images", "lr", "reading", "trace", "progress", "height", "settings"}  # no settings of a row
 MODEL_CODE = (
     "degradation", "gate", "idm", "mom", "model", "recognizer", "restore", "sampling", "tdm", "text_lines", "unet",
     "vae",

@@ -37,7 +37,7 @@ def line_batch(batch: int = 3, seed: int = 0) -> dict:
 
 
 def training(**settings) -> FewStepTraining:
-    return FewStepTraining(text_mix=(0.0, 0.6, 0.2, 0.2), **settings)
+    return FewStepTraining(text_mix=(0.0, 0.6, 0.2, 0.2), **{"ocr_weight": 0.0, **settings})
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -77,6 +77,24 @@ def test_the_stage_trains_idm_and_decoder_and_nothing_else(decoder):
     assert any(name.startswith("idm.unet") for name in changed)
     assert any(name.startswith("vae.decoder") for name in changed) == decoder
     assert not any(name.startswith(("vae.encoder", "vae.quant_conv")) for name in changed)
+
+
+def test_the_reading_loss_counts_with_its_weight_and_reaches_the_network():
+    class Reader(nn.Module):
+        def ocr_loss(self, images, tokens, reduction):
+            assert reduction == "none" and images.shape == (2, 3, 32, 128) and tokens.shape == (2, 24)
+            return images.square().mean((1, 2, 3))
+
+    model, losses, gradients = Tiny(), {}, {}
+    model.recognizer = Reader()
+    for weight in (0.0, 0.5):
+        stage = FewStepStage(training(ocr_weight=weight, ocr_lines=2, max_steps=1), model)
+        ((losses[weight], _, logs),) = stage.losses(model, line_batch(), generator())
+        model.zero_grad()
+        losses[weight].backward()
+        gradients[weight] = model.idm.unet.out[-1].weight.grad.clone()
+    assert losses[0.5].item() == pytest.approx((losses[0.0] + 0.5 * logs["ocr"]).item(), rel=1e-5)
+    assert not torch.equal(gradients[0.0], gradients[0.5])
 
 
 def test_the_noise_of_the_start_has_the_temperature():

@@ -176,5 +176,30 @@ def test_a_line_that_became_less_certain_is_taken_back():
     assert verdict.action == "input" and torch.equal(images[0], lr) and "less certain by 0.04" in verdict.reasons[-1]
 
 
+def test_what_is_put_back_is_the_safe_picture():
+    lr, restored, safe = blur(bars()[None], (1.0, 1.0))[0], bars(), blur(bars()[None], (0.5, 0.5))[0]
+    lit = same_light(restored[None], lr[None])[0]
+    for worse, after in ((0.02, 0.6), (1.0, 0.6)):  # the whole line is less certain; half of its characters is blended
+        reader = Reader((lr, reading("AB", 0.8, 0.8)), (lit, reading("AB", 0.9, after)))
+        config = GateConfig(mismatch=9, worse=worse)
+        images, [verdict] = gate(reader, restored[None], lr[None], [SIZE], config=config, safe=safe[None])
+        if verdict.action == "input":
+            assert torch.equal(images[0], safe)
+        else:
+            torch.testing.assert_close(images[0][..., 100:], (safe + lit)[..., 100:] / 2, atol=1e-2, rtol=0)
+
+
+def test_a_line_drawn_with_an_uncertain_text_is_not_shown():
+    lr, restored = blur(bars()[None], (1.0, 1.0))[0], bars()
+    lit = same_light(restored[None], lr[None])[0]
+    reader = Reader((lr, reading("AB", 0.8, 0.8)), (lit, reading("AB", 0.9, 0.9)))
+    actions = []
+    for sure in (None, [[]], [[0.9, 0.9]], [[0.99, 0.6]]):  # nothing is known; no text was drawn; certain; uncertain
+        images, [verdict] = gate(reader, restored[None], lr[None], [SIZE], config=GateConfig(mismatch=9), sure=sure)
+        actions.append(verdict.action)
+        assert torch.equal(images[0], lr) == (verdict.action == "input")
+    assert actions == ["kept", "kept", "kept", "input"] and "80%" in verdict.reasons[-1]
+
+
 def test_certainty_of_an_empty_reading_is_zero():
     assert certainty(Reading.of(torch.zeros(2, 3, dtype=torch.long))).tolist() == [0, 0]

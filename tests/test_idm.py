@@ -217,6 +217,8 @@ def test_mixture_of_texts():
     right = ((told.best == tokens) | ~written).all(1) & ~real & ~none
     assert 0.42 < real.float().mean() < 0.58 and 0.05 < none.float().mean() < 0.16
     assert right.float().mean() > 0.2
+    known = (told.confidence == 1).all(1) & right
+    assert 0.4 < known.sum() / right.sum() < 0.6 and (told.confidence[right & ~known] < 1).any(1).all()
     assert 0.03 < (~real & ~none & ~right).float().mean() < 0.2  # misread lines
     assert (told.centers[none] == -1).all() and (told.centers[real] == 0.123).all()
     moved = (told.centers - centers)[~real & ~none & True][written[~real & ~none]]

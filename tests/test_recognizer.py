@@ -161,6 +161,18 @@ def test_greedy_reading_is_the_argmax_of_teacher_forcing_on_itself(net):
 
 
 @torch.no_grad()
+def test_a_text_that_is_read_is_located_where_it_was_read(net):
+    net.generator_word.bias[PAD] = -9.0
+    reading = net.read(lines())
+    torch.testing.assert_close(net.locate(reading.features, reading.best), reading.centers, atol=1e-5, rtol=1e-4)
+    short = reading.best.clone()
+    short[:, 5:] = PAD
+    located = net.locate(reading.features, short)
+    torch.testing.assert_close(located[:, :5], reading.centers[:, :5], atol=1e-5, rtol=1e-4)
+    assert (located[:, 5:] == -1).all()
+
+
+@torch.no_grad()
 def test_reading_stops_at_the_end(net):
     net.generator_word.bias[PAD] = 99.0
     reading = net.read(lines())

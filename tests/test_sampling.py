@@ -1,5 +1,6 @@
 """The sampler: times, single steps, exact oracles for both diffusions, and the joint loop."""
 
+import io
 import math
 from contextlib import nullcontext
 from dataclasses import replace
@@ -221,7 +222,9 @@ def oracle_model(image, answer, alphabet):
         config=SimpleNamespace(steps=4, image_size=(8, 32), temperature=1.0, reference=False),
         alphabet=alphabet,
         vae=SimpleNamespace(to_latent=lambda x: x, from_latent=lambda z: z),
-        recognizer=SimpleNamespace(read=lambda x: wrong[: len(x)]),
+        recognizer=SimpleNamespace(
+            read=lambda x: wrong[: len(x)], locate=lambda features, tokens: torch.full(tokens.shape, 0.5)
+        ),
         idm=SimpleNamespace(
             diffusion=diffusion, predict=predict, context=lambda reading: ("baseline", reading),
             unet=SimpleNamespace(fixed_text=nullcontext),
@@ -316,6 +319,22 @@ def test_the_solver_in_the_loop_reaches_the_same_end(oracle):
 def test_wrong_settings_are_value_errors(oracle, settings):
     with pytest.raises(ValueError):
         sample(oracle, torch.zeros(1, 3, 8, 32), **settings)
+
+
+def test_a_bar_counts_the_steps_where_somebody_sees_it(oracle, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    written = {}
+    for stream, steps, progress in (
+        (Terminal(), 3, True), (Terminal(), 3, False), (Terminal(), 1, True), (io.StringIO(), 3, True)
+    ):  # fmt: skip
+        monkeypatch.setattr("sys.stderr", stream)
+        sample(oracle, torch.zeros(1, 3, 8, 32), steps=steps, progress=progress)
+        written[type(stream).__name__, steps, progress] = stream.getvalue()
+    shown = written.pop(("Terminal", 3, True))
+    assert "steps" in shown and "0/3" in shown and not any(written.values())
 
 
 def test_places_of_a_given_text():
