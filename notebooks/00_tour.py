@@ -242,7 +242,8 @@ show(pictures, titles, columns=2)
 # python -m difftsr.restore photo.png --output restored/
 # ```
 #
-# or, here: `restore(model, "photo.png").image`. The image should hold one horizontal line of at most 24 characters, and be
+# or, here: `restore(model, "photo.png").image`. The image should hold one horizontal line of at most 24 characters, and
+# be
 # one to eight times as wide as high.
 
 # %% [markdown]

@@ -1423,7 +1423,8 @@ assert found[1.0][2] < found[1e-2][2] < found[0.0][2]
 # picture does not suffer and the clouds keep some width, so that neighbours stay neighbours; ours, 1e-4, is on the
 # careful side of it.
 #
-# **What would the full weight be?** Not 1. A VAE that takes itself seriously minimises a bound on $-\log p(x)$: the KL of
+# **What would the full weight be?** Not 1. A VAE that takes itself seriously minimises a bound on $-\log p(x)$: the KL
+# of
 # the whole latent, with factor one, and $-\log p(x \mid z)$ of the whole picture. An L1 error means that the decoder's
 # mistakes follow a Laplace distribution of some width $b$, $p(x_i \mid z) = e^{-|x_i - \hat x_i| / b} / 2b$. With $N$
 # pixel values and $D$ numbers in the latent,
@@ -1525,7 +1526,8 @@ assert lpips(x, deep).mean() < lpips(x, linear).mean()
 # %% [markdown]
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/04_vae.ipynb](../exercises/04_vae.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+# The same tasks without solutions: [exercises/04_vae.ipynb](../exercises/04_vae.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
 import numpy as np
@@ -1539,7 +1541,8 @@ from difftsr.vae import Posterior
 # %% [markdown]
 # ### 1 · One scale for each channel · ●○○ easy
 #
-# The diffusion wants latents of mean 0 and variance 1 in every channel. Measure shift and scale over a set, and apply them. What goes wrong if one number serves all channels?
+# The diffusion wants latents of mean 0 and variance 1 in every channel. Measure shift and scale over a set, and apply
+# them. What goes wrong if one number serves all channels?
 #
 # <details><summary>Hint</summary>
 #
@@ -1573,7 +1576,9 @@ check({
 # %% [markdown]
 # ### 2 · The price of a latent · ●●○ medium
 #
-# Write $\mathrm{KL}\big(\mathcal N(\mu, \sigma^2) \,\|\, \mathcal N(0, 1)\big)$ for a whole latent, in nats, from the mean and the logarithm of the variance. Derive it: $\mathbb E_q[\ln q - \ln p]$ needs only $\mathbb E[z] = \mu$ and $\mathbb E[z^2] = \mu^2 + \sigma^2$.
+# Write $\mathrm{KL}\big(\mathcal N(\mu, \sigma^2) \,\|\, \mathcal N(0, 1)\big)$ for a whole latent, in nats, from the
+# mean and the logarithm of the variance. Derive it: $\mathbb E_q[\ln q - \ln p]$ needs only $\mathbb E[z] = \mu$ and
+# $\mathbb E[z^2] = \mu^2 + \sigma^2$.
 #
 # <details><summary>Hint</summary>
 #
@@ -1607,7 +1612,10 @@ check({
 # %% [markdown]
 # ### 3 · Why the weight is tiny · ●●● hard
 #
-# One number $x \sim \mathcal N(0, 1)$ is coded as $z = a x + s\,\varepsilon$ with $a^2 + s^2 = 1$ and decoded as well as a linear decoder can: then the mean squared error is $s^2$ and the mean KL is $-\tfrac12 \ln s^2$. Which $s^2$ minimises error + $\lambda$ KL? From which $\lambda$ on does the code say nothing at all? (A latent of the classroom has 16,384 numbers. Think what $\lambda = 1$ would do to them.)
+# One number $x \sim \mathcal N(0, 1)$ is coded as $z = a x + s\,\varepsilon$ with $a^2 + s^2 = 1$ and decoded as well
+# as a linear decoder can: then the mean squared error is $s^2$ and the mean KL is $-\tfrac12 \ln s^2$. Which $s^2$
+# minimises error + $\lambda$ KL? From which $\lambda$ on does the code say nothing at all? (A latent of the classroom
+# has 16,384 numbers. Think what $\lambda = 1$ would do to them.)
 #
 # <details><summary>Hint</summary>
 #

@@ -569,14 +569,18 @@ assert encoder(Reading.none(2)).shape == (2, 24, 48)
 # %% [markdown]
 # ### The text, drawn
 #
-# Cross-attention must *learn* what each of 3,900 characters looks like, and where to put it. A small network with little
-# time learns neither. But we know both: the bitmap of a character, and its centre. So we also draw the text, as a line of
+# Cross-attention must *learn* what each of 3,900 characters looks like, and where to put it. A small network with
+# little
+# time learns neither. But we know both: the bitmap of a character, and its centre. So we also draw the text, as a line
+# of
 # ghosts where the characters stand, and hand it to the U-Net as four more channels. The face, the slant, the colour are
-# not in it; they are in the degraded line. (GlyphControl, arXiv 2305.18259, and TextDiffuser, arXiv 2305.10855, condition
+# not in it; they are in the degraded line. (GlyphControl, arXiv 2305.18259, and TextDiffuser, arXiv 2305.10855,
+# condition
 # on drawn text for the same reason; DiffTSR does not, and `canvas=False` is its way.)
 #
 # Naively, character $i$ would be pasted at its centre, as wide as the line is divided by its number of characters. That
-# fails as soon as an "i" stands beside an "m". A character has the room from half-way to its left neighbour to half-way to
+# fails as soon as an "i" stands beside an "m". A character has the room from half-way to its left neighbour to half-way
+# to
 # its right one; its ink is stretched over that, but not a comma's, which would become a blot.
 
 # %%
@@ -1206,7 +1210,8 @@ else:
 # %% [markdown]
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/07_idm.ipynb](../exercises/07_idm.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+# The same tasks without solutions: [exercises/07_idm.ipynb](../exercises/07_idm.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
 import torch
@@ -1218,7 +1223,8 @@ from difftsr.idm import GaussianDiffusion, ScheduleConfig, alpha_bar_table
 # %% [markdown]
 # ### 1 · Drown a latent · ●○○ easy
 #
-# Write the forward marginal for a batch in which every line has a level of its own, $z_t = \sqrt{\bar\alpha_t}\, z_0 + \sqrt{1 - \bar\alpha_t}\, \varepsilon$.
+# Write the forward marginal for a batch in which every line has a level of its own, $z_t = \sqrt{\bar\alpha_t}\, z_0 +
+# \sqrt{1 - \bar\alpha_t}\, \varepsilon$.
 #
 # <details><summary>Hint</summary>
 #
@@ -1253,7 +1259,8 @@ check({
 # %% [markdown]
 # ### 2 · Back from v · ●●○ medium
 #
-# A network says $v = \alpha\,\varepsilon - \sigma z_0$, and $z_t = \alpha z_0 + \sigma\varepsilon$ with $\alpha^2 + \sigma^2 = 1$. Solve the two equations for $z_0$ and $\varepsilon$ on paper, then write them.
+# A network says $v = \alpha\,\varepsilon - \sigma z_0$, and $z_t = \alpha z_0 + \sigma\varepsilon$ with $\alpha^2 +
+# \sigma^2 = 1$. Solve the two equations for $z_0$ and $\varepsilon$ on paper, then write them.
 #
 # <details><summary>Hint</summary>
 #
@@ -1283,7 +1290,9 @@ check({
 # %% [markdown]
 # ### 3 · Where eps-prediction explodes · ●●○ medium
 #
-# First predict: an error of .01 in the predicted noise becomes an error of how much in $z_0$, at the middle of the cosine schedule, and at its end? Then write the factor by which it grows as a function of $\bar\alpha_t$, and find the first time `t_ten` at which it exceeds 10.
+# First predict: an error of .01 in the predicted noise becomes an error of how much in $z_0$, at the middle of the
+# cosine schedule, and at its end? Then write the factor by which it grows as a function of $\bar\alpha_t$, and find the
+# first time `t_ten` at which it exceeds 10.
 #
 # <details><summary>Hint</summary>
 #
@@ -1322,11 +1331,14 @@ check({
 # %% [markdown]
 # ### 4 · A weight with a fault · ●●● hard
 #
-# Min-SNR wants the squared error *of $z_0$* weighted by the SNR, clipped to .5 … 5. The network says $v$, so the loss is an error of $v$. A colleague wrote `clipped / snr`, and training is noisy near $T$. Derive by how much an error of $v$ becomes one of $z_0$, and put the weight right.
+# Min-SNR wants the squared error *of $z_0$* weighted by the SNR, clipped to .5 … 5. The network says $v$, so the loss
+# is an error of $v$. A colleague wrote `clipped / snr`, and training is noisy near $T$. Derive by how much an error of
+# $v$ becomes one of $z_0$, and put the weight right.
 #
 # <details><summary>Hint</summary>
 #
-# From $z_0 = \alpha z_t - \sigma v$: a squared error of $v$ times what? Write that in terms of SNR $= \alpha^2 / \sigma^2$.
+# From $z_0 = \alpha z_t - \sigma v$: a squared error of $v$ times what? Write that in terms of SNR $= \alpha^2 /
+# \sigma^2$.
 #
 # </details>
 

@@ -523,7 +523,8 @@ assert released < 0.01 < 0.9 < corrected(backwards(20, 999))
 # * the **image**, as columns from left to right. A column token is made of the reader's feature map and of the latent
 #   of the degraded line, and later MoM adds what the half-restored image shows.
 #
-# > **The released code, row 7.** It makes its image tokens by a `.view` of the latent (3 x 32 x 128 numbers) as 16 runs of
+# > **The released code, row 7.** It makes its image tokens by a `.view` of the latent (3 x 32 x 128 numbers) as 16 runs
+# > of
 # > 768. That is how the numbers lie in memory, and not how they lie in the picture.
 #
 # Give every number of a latent its channel, row and column, cut both ways, and ask what a token has seen:
@@ -1348,7 +1349,8 @@ plt.show()
 # %% [markdown]
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/08_tdm.ipynb](../exercises/08_tdm.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+# The same tasks without solutions: [exercises/08_tdm.ipynb](../exercises/08_tdm.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
 import torch
@@ -1362,7 +1364,9 @@ diffusion = MultinomialDiffusion(num_classes=5, timesteps=100)
 # %% [markdown]
 # ### 1 · A coin and a die · ●○○ easy
 #
-# Write $q(c_t \mid c_0)$ for probabilities, without logarithms: with probability $\bar\alpha_t$ a character stays, otherwise a fair die with $K$ sides decides. Then say how many characters of a text are *wrong* at that level. (Fewer than $1 - \bar\alpha_t$. Why?)
+# Write $q(c_t \mid c_0)$ for probabilities, without logarithms: with probability $\bar\alpha_t$ a character stays,
+# otherwise a fair die with $K$ sides decides. Then say how many characters of a text are *wrong* at that level. (Fewer
+# than $1 - \bar\alpha_t$. Why?)
 #
 # <details><summary>Hint</summary>
 #
@@ -1403,11 +1407,13 @@ check({
 # %% [markdown]
 # ### 2 · Bayes, by hand · ●●○ medium
 #
-# The step back when the clean character is known: $q(c_s \mid c_t, c_0) \propto q(c_t \mid c_s)\, q(c_s \mid c_0)$ for any $s < t$. From $s$ to $t$ a character survives with probability $\bar\alpha_t / \bar\alpha_s$.
+# The step back when the clean character is known: $q(c_s \mid c_t, c_0) \propto q(c_t \mid c_s)\, q(c_s \mid c_0)$ for
+# any $s < t$. From $s$ to $t$ a character survives with probability $\bar\alpha_t / \bar\alpha_s$.
 #
 # <details><summary>Hint</summary>
 #
-# Two vectors over $c_s$, multiplied and normalised. Uniform noise is symmetric: $q(c_t \mid c_s)$ seen as a function of $c_s$ has the same form as a function of $c_t$.
+# Two vectors over $c_s$, multiplied and normalised. Uniform noise is symmetric: $q(c_t \mid c_s)$ seen as a function of
+# $c_s$ has the same form as a function of $c_t$.
 #
 # </details>
 
@@ -1443,7 +1449,10 @@ check({
 # %% [markdown]
 # ### 3 · The right rule for a guess · ●●● hard
 #
-# A network trained by cross-entropy gives $p(c_0 \mid c_t)$. Then $p(c_s \mid c_t) = \sum_{c_0} p(c_0 \mid c_t)\, q(c_s \mid c_t, c_0)$. Write this sum with `diffusion.posterior`, which is exact for a *known* $c_0$. Afterwards compare with `diffusion.posterior` called on the guess itself: how far apart are the two, and which of them is the released code's?
+# A network trained by cross-entropy gives $p(c_0 \mid c_t)$. Then $p(c_s \mid c_t) = \sum_{c_0} p(c_0 \mid c_t)\, q(c_s
+# \mid c_t, c_0)$. Write this sum with `diffusion.posterior`, which is exact for a *known* $c_0$. Afterwards compare
+# with `diffusion.posterior` called on the guess itself: how far apart are the two, and which of them is the released
+# code's?
 #
 # <details><summary>Hint</summary>
 #

@@ -172,7 +172,8 @@ assert known.probs.sum(-1).max() <= 1
 #
 # The TDM has learned to read its image tokens. If an untrained MoM replaces them, all of that is lost on the first
 # step. (The published MoM does replace them: `I_cond` is the whole image context of the released TDM, and it is
-# produced by a U-Net that starts at zero. Trained for long enough it recovers; we do not want to wait.) Here `I_cond` is a
+# produced by a U-Net that starts at zero. Trained for long enough it recovers; we do not want to wait.) Here `I_cond`
+# is a
 # **residual**: the tokens of the TDM's own stage plus something that is exactly zero at first. The text encoder
 # starts as a copy of the IDM's. So step 0 of the joint stage equals the earlier stages, bit for bit, and a test holds
 # us to it.
@@ -617,7 +618,8 @@ assert sum(after) > sum(before)
 # %% [markdown]
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/09_mom.ipynb](../exercises/09_mom.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+# The same tasks without solutions: [exercises/09_mom.ipynb](../exercises/09_mom.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
 import torch
@@ -631,7 +633,8 @@ from difftsr.recognizer import Reading
 # %% [markdown]
 # ### 1 · What is known at time t · ●○○ easy
 #
-# The noised character $c_t$ is the original one with probability $\bar\alpha_t$; for the rest there is what the reader said. Write the belief about one position as probabilities over all $K$ classes.
+# The noised character $c_t$ is the original one with probability $\bar\alpha_t$; for the rest there is what the reader
+# said. Write the belief about one position as probabilities over all $K$ classes.
 #
 # <details><summary>Hint</summary>
 #
@@ -668,7 +671,8 @@ check({
 # %% [markdown]
 # ### 2 · Frozen, really · ●●○ medium
 #
-# In the joint stage all networks but MoM are frozen. `requires_grad_(False)` alone lets something change in a network with batch norm. Write a `freeze` after which *nothing* changes.
+# In the joint stage all networks but MoM are frozen. `requires_grad_(False)` alone lets something change in a network
+# with batch norm. Write a `freeze` after which *nothing* changes.
 #
 # <details><summary>Hint</summary>
 #
@@ -721,11 +725,14 @@ check({
 # %% [markdown]
 # ### 3 · A start that never starts · ●●● hard
 #
-# A new branch should begin as exactly nothing, and then learn. A colleague set *all* layers of the branch to zero: the start is right, and nothing is ever learned. Compute by hand, with the chain rule, which gradients vanish. Then initialise it so that the output is zero and the loss still moves it.
+# A new branch should begin as exactly nothing, and then learn. A colleague set *all* layers of the branch to zero: the
+# start is right, and nothing is ever learned. Compute by hand, with the chain rule, which gradients vanish. Then
+# initialise it so that the output is zero and the loss still moves it.
 #
 # <details><summary>Hint</summary>
 #
-# The gradient of a layer's weight is (what comes in) × (what comes back through the layers after it). At most one of the two may be zero for at least one layer.
+# The gradient of a layer's weight is (what comes in) × (what comes back through the layers after it). At most one of
+# the two may be zero for at least one layer.
 #
 # </details>
 
