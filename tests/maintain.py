@@ -202,7 +202,7 @@ def filled_table(text: str, names: list[str]) -> str:
     """A README with the last cell of each named lesson's row as measured."""
     for name in names:
         if needed := minutes_and_memory(name):
-            row = re.compile(rf"^(\| {name.split('_')[0]} \|.*\|)[^|\n]*\|$", re.MULTILINE)
+            row = re.compile(rf"^(\| {name.split('_')[0]} \|.*\|) [\d.]+ minutes?, [\d.]+ GB \|$", re.MULTILINE)
             text = row.sub(rf"\1 {', '.join(needed)} |", text)
     return text
 
