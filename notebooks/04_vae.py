@@ -1019,7 +1019,6 @@ for name, value in distance.items():
     print(f"{name:17} L1 {(x - equal[name]).abs().mean():.3f}   LPIPS {value:.2g}")
 assert lpips(x, x) == 0 and distance["brighter"] < min(distance["noise"], distance["blurred"])
 
-
 # %% [markdown]
 # A change of brightness hardly counts, a lost edge or added grain counts much, as for a reader. That is why a decoder
 # trained with LPIPS dares to draw edges where one trained with L1 alone paints the average.
@@ -1028,6 +1027,17 @@ assert lpips(x, x) == 0 and distance["brighter"] < min(distance["noise"], distan
 # > for images in [-1, 1]; the released training feeds both with [0, 1]. It still works, since a VAE adapts and a
 # > distance remains a distance, only with contrasts halved. Here images are in [-1, 1] everywhere. `unit_range=True`
 # > in `VAEConfig`, and `reference=True` in `VAETraining`, do what the release does.
+#
+# The same three damages, seen by LPIPS as they are and squeezed into [0, 1]:
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+with torch.no_grad():
+    squeezed = {name: lpips((x + 1) / 2, (damaged + 1) / 2).mean().item() for name, damaged in equal.items()}
+for name, value in squeezed.items():
+    print(f"{name:17} LPIPS {distance[name]:.2g} in [-1, 1], {value:.2g} in [0, 1]")
+assert squeezed["brighter"] < min(squeezed["noise"], squeezed["blurred"])
+
 
 # %% [markdown]
 # ### The patch GAN
