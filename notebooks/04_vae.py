@@ -1028,7 +1028,7 @@ assert lpips(x, x) == 0 and distance["brighter"] < min(distance["noise"], distan
 # > distance remains a distance, only with contrasts halved. Here images are in [-1, 1] everywhere. `unit_range=True`
 # > in `VAEConfig`, and `reference=True` in `VAETraining`, do what the release does.
 #
-# The same three damages, seen by LPIPS as they are and squeezed into [0, 1]:
+# The same four damages, seen by LPIPS as they are and squeezed into [0, 1]:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -1040,6 +1040,9 @@ assert squeezed["brighter"] < min(squeezed["noise"], squeezed["blurred"])
 
 
 # %% [markdown]
+# Half the contrast is not half the distance: edges that moved or went count nearly as before, for LPIPS compares
+# features of length one. Grain and brightness count less.
+#
 # ### The patch GAN
 #
 # Even LPIPS forgives a little softness. A critic does not: a small convolutional network that looks at patches and
