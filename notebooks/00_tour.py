@@ -15,7 +15,7 @@
 #
 # **What you will understand.** What each network is for, and which lesson builds it.
 #
-# **What it needs.** Half a minute and 1 GB of memory on two CPU cores. Nothing to install beyond the project.
+# **What it needs.** 0.5 minutes and 1 GB of memory on two CPU cores. Nothing to install beyond the project.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/00_tour.ipynb)
@@ -57,6 +57,14 @@ if "google.colab" in sys.modules:
         importlib.invalidate_caches()
 if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+#| default_exp overview
+
+# %%
+from difftsr.overview import where_it_sits
+
+where_it_sits()
 
 # %%
 import csv
@@ -234,9 +242,133 @@ show(pictures, titles, columns=2)
 # python -m difftsr.restore photo.png --output restored/
 # ```
 #
-# or, here: `restore(model, "photo.png").image`. The image should hold one horizontal line of at most 24 characters, and be
+# or, here: `restore(model, "photo.png").image`. The image should hold one horizontal line of at most 24 characters, and
+# be
 # one to eight times as wide as high.
+
+# %% [markdown]
+# ## The map of the lessons
 #
+# Every lesson opens with the same map, its own part in colour. The map is a list of boxes and a list of arrows; what
+# draws them needs to know nothing of diffusion. You can skip this section: it is here because the package is made of
+# lessons, and the map has to be somewhere.
+
+# %%
+#| export
+import io
+
+# %%
+#| export
+BOXES = [  # module, lesson, what the box says; left, bottom and width in the units of the drawing
+    ("model", "10", "model", 0.2, 3.85, 1.0),
+    ("official", "15", "released weights", 1.35, 3.85, 1.85),
+    ("restore", "12", "restore", 5.25, 3.85, 1.1),
+    ("pages", "12b", "pages", 6.5, 3.85, 1.1),
+    ("watch", "12c", "watch", 7.75, 3.85, 1.1),
+    ("command", "12d", "command", 9.0, 3.85, 1.3),
+    ("", "", "bad line", 0.15, 2.1, 0.95),
+    ("vae", "04", "VAE encoder", 1.45, 2.8, 1.4),
+    ("recognizer", "05", "recogniser", 1.45, 1.4, 1.4),
+    ("sampling", "11", "sampling", 3.4, 3.37, 1.1),
+    ("few_steps", "11c", "few steps", 4.6, 3.37, 1.2),
+    ("faster", "16", "faster", 5.9, 3.37, 0.95),
+    ("idm", "07", "IDM", 3.6, 2.8, 0.95),
+    ("unet", "06", "U-Net", 5.7, 2.45, 1.0),
+    ("mom", "09", "MoM", 3.6, 2.1, 0.95),
+    ("tdm", "08", "TDM", 3.6, 1.4, 0.95),
+    ("vae", "04", "VAE decoder", 7.25, 2.8, 1.4),
+    ("gate", "11b", "gate", 7.25, 2.1, 1.4),
+    ("certainty", "11d", "certainty", 7.25, 1.4, 1.4),
+    ("", "", "sharp line,\nits text", 9.2, 2.1, 1.1),
+    ("text_lines", "01", "lines", 0.15, 0.6, 0.95),
+    ("degradation", "02", "degradation", 1.45, 0.6, 1.45),
+    ("dataset", "03", "dataset", 3.2, 0.6, 1.15),
+    ("train", "13", "training", 4.65, 0.6, 1.2),
+    ("runs", "12e", "runs", 6.15, 0.6, 1.05),
+    ("exercises", "00b", "exercises", 8.8, 0.6, 1.4),
+    ("restorers", "14b", "restorers", 0.15, 0.0, 1.35),
+    ("measures", "14", "measures", 1.8, 0.0, 1.3),
+    ("scores", "14c", "scores", 3.4, 0.0, 1.15),
+    ("report", "14d", "report", 4.85, 0.0, 1.15),
+    ("ablations", "14e", "ablations", 6.3, 0.0, 1.4),
+    ("evaluate", "14f", "evaluate", 8.8, 0.0, 1.4),
+]
+ARROWS = [  # from, to, what goes along; the last field draws it: one way, both ways, or "is made of"
+    ("bad line", "VAE encoder", "", "->"),
+    ("bad line", "recogniser", "", "->"),
+    ("VAE encoder", "IDM", "$z_{LR}$", "->"),
+    ("recogniser", "TDM", "$c_T$", "->"),
+    ("IDM", "MoM", "$z_t$, $C_{cond}$", "<->"),
+    ("MoM", "TDM", "$I_{cond}$, $c_t$", "<->"),
+    ("U-Net", "IDM", "", "-"),
+    ("U-Net", "MoM", "", "-"),
+    ("IDM", "VAE decoder", "$z_0$", "->"),
+    ("TDM", "certainty", "$c_0$", "->"),
+    ("VAE decoder", "gate", "", "->"),
+    ("certainty", "gate", "", "->"),
+    ("gate", "sharp line,\nits text", "", "->"),
+    ("lines", "degradation", "", "->"),
+    ("degradation", "dataset", "", "->"),
+    ("dataset", "training", "", "->"),
+    ("training", "runs", "", "->"),
+    ("restorers", "measures", "", "->"),
+    ("measures", "scores", "", "->"),
+    ("scores", "report", "", "->"),
+    ("report", "ablations", "", "->"),
+    ("ablations", "evaluate", "", "->"),
+]
+FRAMES = [(0.0, 1.2, 10.4, 2.86), (3.25, 1.25, 3.75, 2.33)]  # one restoration, and in it the loop over the steps
+PALETTE = [255, 255, 255, 40, 40, 40, 150, 150, 150, 255, 180, 80]  # four colours keep the picture at some 8 kB
+
+
+# %%
+#| export
+def where_it_sits(module: str | None = None):
+    """The map of the method as a picture (840 x 350) for a notebook, the boxes of `module` in colour.
+
+    Raises `ValueError` for a module without a box. Needs IPython and matplotlib (the extra "lessons").
+    """
+    from IPython.display import Image as Picture
+    from matplotlib.figure import Figure
+    from matplotlib.patches import FancyBboxPatch
+    from PIL import Image
+
+    known = sorted({box[0] for box in BOXES} - {""})
+    if module is not None and module not in known:
+        raise ValueError(f"no module {module!r} on the map; it has {', '.join(known)}")
+    figure = Figure(figsize=(8.4, 3.5), dpi=100)
+    panel = figure.add_axes((0, 0, 1, 1), xlim=(-0.05, 10.45), ylim=(-0.1, 4.37))
+    panel.axis("off")
+    for left, bottom, width, height in FRAMES:
+        frame = FancyBboxPatch((left, bottom), width, height, "round,pad=0,rounding_size=0.1", fill=False)
+        panel.add_patch(frame).set(edgecolor="0.6", linestyle="--", linewidth=0.8)
+    boxes, middles = {}, {}
+    for name, lesson, says, left, bottom, width in BOXES:
+        here = name == module
+        box = FancyBboxPatch((left, bottom), width, 0.42, "round,pad=0,rounding_size=0.07")
+        boxes[says] = panel.add_patch(box)
+        fill, edge, line = ("#ffb450", "0.15", 1.6) if here else ("white", "0.5", 0.8)
+        box.set(facecolor=fill, edgecolor=edge, linewidth=line)
+        middles[says] = left + width / 2, bottom + 0.21
+        panel.text(*middles[says], f"{lesson} {says}".strip(), fontsize=8.5 if name else 7.5, ha="center", va="center")
+    for start, end, carries, style in ARROWS:
+        (x, y), (to_x, to_y) = middles[start], middles[end]
+        arrow = {"arrowstyle": style, "color": "0.3", "patchA": boxes[start], "patchB": boxes[end]}
+        panel.annotate("", (to_x, to_y), (x, y), arrowprops=arrow | {"mutation_scale": 8, "shrinkA": 1, "shrinkB": 1})
+        beside = {"ha": "center", "va": "bottom"} if y == to_y else {"ha": "left", "va": "center"}
+        panel.text((x + to_x) / 2 + 0.08, (y + to_y) / 2 + 0.03, carries, fontsize=8, **beside)
+    drawn, small, palette = io.BytesIO(), io.BytesIO(), Image.new("P", (1, 1))
+    figure.savefig(drawn, format="png")
+    palette.putpalette(PALETTE)
+    picture = Image.open(drawn).convert("RGB").quantize(palette=palette, dither=Image.Dither.NONE)
+    picture.save(small, "PNG", optimize=True, bits=2)
+    return Picture(small.getvalue(), alt=f"Where this lesson sits: {module}" if module else "The whole method")
+
+
+# %%
+assert where_it_sits("idm").data == where_it_sits("idm").data != where_it_sits("tdm").data
+
+# %% [markdown]
 # ## Summary
 #
 # - Restoring text asks for two things at once: strokes that look right, and characters that *are* right.

@@ -15,7 +15,7 @@
 #
 # **What you will understand.** How to work the exercises, alone or in a class, and how to write one.
 #
-# **What you need.** Nothing but Python. A few seconds.
+# **What you need.** Nothing but Python. 0.5 minutes and 0.5 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/00b_exercises.ipynb)
@@ -57,6 +57,11 @@ if "google.colab" in sys.modules:
         importlib.invalidate_caches()
 if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("exercises")
 
 # %%
 #| default_exp exercises

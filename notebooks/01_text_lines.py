@@ -9,7 +9,8 @@
 # %% [markdown]
 # # 01 · Text lines
 #
-# A model that sharpens text must see a great many lines of text whose sharp side is known to the last stroke. Nobody has photographs like that in the quantity needed, so we *write* the lines ourselves. This lesson builds the writer.
+# A model that sharpens text must see a great many lines of text whose sharp side is known to the last stroke. Nobody
+# has photographs like that in the quantity needed, so we *write* the lines ourselves. This lesson builds the writer.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/01_text_lines.ipynb)
@@ -52,6 +53,11 @@ if "google.colab" in sys.modules:
 if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
 
+# %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("text_lines")
+
 # %% [markdown]
 # **What you will build**
 #
@@ -67,7 +73,7 @@ if os.path.dirname(os.getcwd()) not in sys.path:
 # - why a realistic sampler alone would hide three quarters of the alphabet from the model;
 # - how a picture of a line is composed from one grey mask, a warp and a few layers.
 #
-# **What it needs**: about 15 seconds and 600 MB on two CPU cores; no GPU, no download.
+# **What it needs**: 0.5 minutes and 0.6 GB of memory on two CPU cores; no GPU, no download.
 
 # %%
 #| default_exp text_lines
@@ -115,7 +121,9 @@ set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
 # | - | `UNK` = 1 | "a character stands here, but it is none of ours" |
 # | - | `2 + i` | the character `alphabet.characters[i]` |
 #
-# Text diffusion (lesson 08) will replace classes by random other classes and learn to find the way back. Whatever is mixed up *here* can therefore never be told apart again. Let us first do it the short way, with one class for everything that is not in the list:
+# Text diffusion (lesson 08) will replace classes by random other classes and learn to find the way back. Whatever is
+# mixed up *here* can therefore never be told apart again. Let us first do it the short way, with one class for
+# everything that is not in the list:
 
 # %%
 def naive_encode(text, characters, length=24):
@@ -131,11 +139,16 @@ known = "老街元Tea012"
 naive_decode(naive_encode("老街 Tea 濮 12元", known), known)
 
 # %% [markdown]
-# Two spaces and one rare character have vanished without a trace, and what is left reads like a different text. A restorer built on this must *close the gaps*: it has no way to say "something stands here that I cannot name".
+# Two spaces and one rare character have vanished without a trace, and what is left reads like a different text. A
+# restorer built on this must *close the gaps*: it has no way to say "something stands here that I cannot name".
 #
-# > **In the released code** one class (6735) is padding, unknown and space at once; 23 characters fit, not 24; and traditional characters are turned into simplified ones, so that a name in traditional script comes back rewritten. We keep PAD, UNK and space apart, use all 24 positions, and never replace a character by a similar one.
+# > **In the released code** one class (6735) is padding, unknown and space at once; 23 characters fit, not 24; and
+# > traditional characters are turned into simplified ones, so that a name in traditional script comes back rewritten.
+# > We keep PAD, UNK and space apart, use all 24 positions, and never replace a character by a similar one.
 #
-# The classroom alphabet is the printable part of ASCII, the punctuation of Chinese signs, and the first level of the national standard GB 2312: the 3,755 characters that make up over 99 % of modern Chinese text. Python's own codec knows them, so no list has to be shipped.
+# The classroom alphabet is the printable part of ASCII, the punctuation of Chinese signs, and the first level of the
+# national standard GB 2312: the 3,755 characters that make up over 99 % of modern Chinese text. Python's own codec
+# knows them, so no list has to be shipped.
 
 # %%
 #| export
@@ -238,7 +251,8 @@ alphabet.decode(tokens)
 # %% [markdown]
 # ## 2. Typefaces that hold the glyphs
 #
-# A font file holds glyphs for some characters, and for all others one glyph that says "missing", usually an empty box. Pillow draws it without complaint. Here is a line in DejaVu Sans, which comes with matplotlib and knows no hanzi:
+# A font file holds glyphs for some characters, and for all others one glyph that says "missing", usually an empty box.
+# Pillow draws it without complaint. Here is a line in DejaVu Sans, which comes with matplotlib and knows no hanzi:
 
 # %%
 latin_file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
@@ -249,9 +263,13 @@ plt.imshow(naive, cmap="gray")
 _ = plt.axis("off")
 
 # %% [markdown]
-# The label says 老街, the picture says □□. A recogniser trained on such pairs learns that a box means *any* of 3,755 characters. So: **look a character up before drawing it.**
+# The label says 老街, the picture says □□. A recogniser trained on such pairs learns that a box means *any* of 3,755
+# characters. So: **look a character up before drawing it.**
 #
-# A font carries a table for that, the character map (`cmap`). It is necessary but not enough, because some fonts map a character to an empty outline. We ask both: a character is *held* if the map lists it **and** its glyph, drawn small, leaves ink. (A font compressed as woff2 opens in Pillow, but its map can be read only where the package `brotli` is installed. Without it a glyph counts if it leaves ink and differs from the glyph of a code point that nobody assigns.)
+# A font carries a table for that, the character map (`cmap`). It is necessary but not enough, because some fonts map a
+# character to an empty outline. We ask both: a character is *held* if the map lists it **and** its glyph, drawn small,
+# leaves ink. (A font compressed as woff2 opens in Pillow, but its map can be read only where the package `brotli` is
+# installed. Without it a glyph counts if it leaves ink and differs from the glyph of a code point that nobody assigns.)
 
 # %%
 #| export
@@ -357,9 +375,14 @@ class Font:
 # %% [markdown]
 # ### Which faces may be used
 #
-# Four typefaces are **reserved for evaluation**: LXGW WenKai (a kai hand), Smiley Sans (an oblique display face), Arphic's gbsn00lp (a song face) and ZCOOL QingKe HuangYou (a geometric one). A model that has seen a typeface in training has seen its strokes; scores on that typeface would flatter it. They are recognised by family name *and* by file name, since either may be changed by a packager.
+# Four typefaces are **reserved for evaluation**: LXGW WenKai (a kai hand), Smiley Sans (an oblique display face),
+# Arphic's gbsn00lp (a song face) and ZCOOL QingKe HuangYou (a geometric one). A model that has seen a typeface in
+# training has seen its strokes; scores on that typeface would flatter it. They are recognised by family name *and* by
+# file name, since either may be changed by a packager.
 #
-# Some other faces are refused for what they draw: symbols and emoji, hairlines that no camera resolves, faces shaped for other regions, and one that draws *traditional* forms under the code points of *simplified* characters (價 where the label says 价). Such a label would be wrong although every glyph is there. No table tells; only looking does.
+# Some other faces are refused for what they draw: symbols and emoji, hairlines that no camera resolves, faces shaped
+# for other regions, and one that draws *traditional* forms under the code points of *simplified* characters (價 where
+# the label says 价). Such a label would be wrong although every glyph is there. No table tells; only looking does.
 
 # %%
 #| export
@@ -395,7 +418,10 @@ assert not is_reserved_face("Noto Sans SC", "NotoSansSC-Regular.otf")
 # %% [markdown]
 # ### Where faces come from
 #
-# Two pinned packages, installed with the project, bring Noto Sans SC, Noto Serif SC and WenQuanYi Micro Hei. Lessons and tests use nothing else, so that every machine draws the same pictures. Training takes whatever it finds: these, further packages, the folders named in the environment variable `DIFFTSR_FONTS`, and the system's fonts. `python -m difftsr.text_lines --fonts` lists them all.
+# Two pinned packages, installed with the project, bring Noto Sans SC, Noto Serif SC and WenQuanYi Micro Hei. Lessons
+# and tests use nothing else, so that every machine draws the same pictures. Training takes whatever it finds: these,
+# further packages, the folders named in the environment variable `DIFFTSR_FONTS`, and the system's fonts. `python -m
+# difftsr.text_lines --fonts` lists them all.
 
 # %%
 #| export
@@ -442,9 +468,11 @@ def _faces(path: str) -> list[tuple[int, str, str]]:
 
 
 # %% [markdown]
-# Checking 20,000 glyphs takes the better part of a second for a face, and a machine may have a hundred. What was found is kept in a cache file of the user, under a key that changes with the file and with our ranges.
+# Checking 20,000 glyphs takes the better part of a second for a face, and a machine may have a hundred. What was found
+# is kept in a cache file of the user, under a key that changes with the file and with our ranges.
 #
-# A file that is read by others, and a cache is, must never be met half written. So everything in this project is written beside its place and moved when it is complete: a move within a folder happens whole or not at all.
+# A file that is read by others, and a cache is, must never be met half written. So everything in this project is
+# written beside its place and moved when it is complete: a move within a folder happens whole or not at all.
 
 # %%
 #| export
@@ -545,7 +573,10 @@ print(f"{fonts[-1].name} lacks:", " ".join(missing) or "nothing")
 # %% [markdown]
 # ## 3. What lines say
 #
-# Street scenes do not say random words. They say "老王牛肉面馆", "京A·12345", "电话：138…", "￥25.00", "NO PARKING". A grammar of templates writes such phrases; it is a text file, `data/phrases.txt`, that you can edit without touching a program. `{surname}` stands for a word of that list, `{1-99}` for a number, `#` for a digit, `{word}` for a word of a dictionary:
+# Street scenes do not say random words. They say "老王牛肉面馆", "京A·12345", "电话：138…", "￥25.00", "NO PARKING". A grammar of
+# templates writes such phrases; it is a text file, `data/phrases.txt`, that you can edit without touching a program.
+# `{surname}` stands for a word of that list, `{1-99}` for a number, `#` for a digit, `{word}` for a word of a
+# dictionary:
 
 # %%
 #| export
@@ -589,7 +620,9 @@ assert sum(shares.values()) == 100
 # %% [markdown]
 # ### Texts that training must never see
 #
-# `data/eval/texts.tsv` holds the texts of the development set and of the test set, and `data/samples/labels.tsv` those of the sample lines. The sampler refuses a phrase that equals one of them; from four characters on, also one that contains a reserved text or is a piece of one. Capitals and spaces make no difference.
+# `data/eval/texts.tsv` holds the texts of the development set and of the test set, and `data/samples/labels.tsv` those
+# of the sample lines. The sampler refuses a phrase that equals one of them; from four characters on, also one that
+# contains a reserved text or is a piece of one. Capitals and spaces make no difference.
 
 # %%
 #| export
@@ -636,7 +669,9 @@ len(reserved_texts())
 # %% [markdown]
 # ### Words, and the trouble with realism
 #
-# Where the package `jieba` is installed, `{word}` comes from its dictionary of 349,046 words, which tells how often each is used. We draw a word in proportion to the *square root* of its count: common words still lead, but do not drown the others.
+# Where the package `jieba` is installed, `{word}` comes from its dictionary of 349,046 words, which tells how often
+# each is used. We draw a word in proportion to the *square root* of its count: common words still lead, but do not
+# drown the others.
 
 # %%
 #| export
@@ -658,7 +693,9 @@ def _pick(rng: np.random.Generator, choices: Sequence):
 
 
 # %% [markdown]
-# Even so, realistic text is very uneven: a few hundred characters fill most of it. The model must nevertheless restore every one of 3,755. So a share of the phrases (`random_share`, 15 %) is nonsense on purpose: characters drawn evenly from the alphabet.
+# Even so, realistic text is very uneven: a few hundred characters fill most of it. The model must nevertheless restore
+# every one of 3,755. So a share of the phrases (`random_share`, 15 %) is nonsense on purpose: characters drawn evenly
+# from the alphabet.
 
 # %%
 #| export
@@ -782,7 +819,8 @@ print(f"hanzi never seen: {np.mean(realistic == 0):.0%}, and with random charact
 assert np.mean(balanced == 0) < np.mean(realistic == 0) / 2
 
 # %% [markdown]
-# Random neighbours are no language, though, and a reader learns from neighbours. With `rare_share` the *character* is drawn evenly, but it comes inside a word of the dictionary that holds it:
+# Random neighbours are no language, though, and a reader learns from neighbours. With `rare_share` the *character* is
+# drawn evenly, but it comes inside a word of the dictionary that holds it:
 
 # %%
 rare = PhraseSampler(alphabet, random_share=0.0, rare_share=1.0)
@@ -791,11 +829,15 @@ print(" | ".join(rare._word_with(character, rng) for character in "镊蜻徙寓�
 # %% [markdown]
 # ## 4. From a phrase to a picture
 #
-# A line is drawn in four steps: **ink** (one grey mask), **place** (a warp to the final picture), **layers** (background, shadow, outline, text), **light** (shading and grain). The rules of the dataset set the frame: one horizontal line, at most 24 characters, height 128 pixels, and $1 \le \text{width} / \text{height} \le 8$.
+# A line is drawn in four steps: **ink** (one grey mask), **place** (a warp to the final picture), **layers**
+# (background, shadow, outline, text), **light** (shading and grain). The rules of the dataset set the frame: one
+# horizontal line, at most 24 characters, height 128 pixels, and $1 \le \text{width} / \text{height} \le 8$.
 #
 # ### Ink
 #
-# Every character is drawn on its own, at the position that its predecessors leave it (kerning included). So we know the box of every character's ink without having to search for it. Those boxes will later tell the image diffusion *where* each character belongs.
+# Every character is drawn on its own, at the position that its predecessors leave it (kerning included). So we know the
+# box of every character's ink without having to search for it. Those boxes will later tell the image diffusion *where*
+# each character belongs.
 
 # %%
 #| export
@@ -842,11 +884,13 @@ assert len(boxes) == 10 and (boxes[1:, 0] >= boxes[:-1, 0]).all()
 
 
 # %% [markdown]
-# The blue lines are the rows of the line. They do not hug the ink: they reach at least from the top of a tall character to the baseline. Otherwise a lone "—" or "一" would be blown up until it filled the picture.
+# The blue lines are the rows of the line. They do not hug the ink: they reach at least from the top of a tall character
+# to the baseline. Otherwise a lone "—" or "一" would be blown up until it filled the picture.
 #
 # ### Style
 #
-# All that is random about the look of a line is drawn beforehand and kept in one object. A fixed style renders a line that you want to look exactly so; a drawn one makes training data.
+# All that is random about the look of a line is drawn beforehand and kept in one object. A fixed style renders a line
+# that you want to look exactly so; a drawn one makes training data.
 
 # %%
 #| export
@@ -992,13 +1036,16 @@ def draw_style(font: Font, rng: np.random.Generator, *, length: int = 8, looks: 
 # %% [markdown]
 # ### Place
 #
-# Where do the four corners of the text's rectangle come to lie? The margins and the width follow from the style; rotation and perspective move the corners; and if a corner would leave the picture, all of them shrink towards the middle. A line too long for 8 : 1 is squeezed, and from a factor 1.6 on it gets smaller instead of ever narrower.
+# Where do the four corners of the text's rectangle come to lie? The margins and the width follow from the style;
+# rotation and perspective move the corners; and if a corner would leave the picture, all of them shrink towards the
+# middle. A line too long for 8 : 1 is squeezed, and from a factor 1.6 on it gets smaller instead of ever narrower.
 #
 # Four pairs of points determine a projective map, a $3 \times 3$ matrix $H$ with
 #
 # $$\begin{pmatrix} x' w' \\ y' w' \\ w' \end{pmatrix} = H \begin{pmatrix} x \\ y \\ 1 \end{pmatrix}.$$
 #
-# The mask goes through it (`cv2.warpPerspective`), and so do the boxes (`cv2.perspectiveTransform`): the two can never disagree.
+# The mask goes through it (`cv2.warpPerspective`), and so do the boxes (`cv2.perspectiveTransform`): the two can never
+# disagree.
 
 # %%
 #| export
@@ -1040,7 +1087,8 @@ _ = plt.axis("off")
 
 
 # %% [markdown]
-# One trap: a warp only *samples*. Where it makes things much narrower it jumps over thin strokes. So a mask that has to lose more than a third of its width is averaged down first.
+# One trap: a warp only *samples*. Where it makes things much narrower it jumps over thin strokes. So a mask that has to
+# lose more than a third of its width is averaged down first.
 
 # %%
 #| export
@@ -1062,7 +1110,8 @@ def _shrink_wide(mask: np.ndarray, source: np.ndarray, corners: np.ndarray) -> t
 #
 # $$x \leftarrow x + \alpha\,(k - x).$$
 #
-# The outline is the ink made fatter (a dilation), bold letters are too, and the shadow is the ink shifted and blurred. Textures and uneven light are smooth noise: random numbers on a coarse grid, enlarged.
+# The outline is the ink made fatter (a dilation), bold letters are too, and the shadow is the ink shifted and blurred.
+# Textures and uneven light are smooth noise: random numbers on a coarse grid, enlarged.
 
 # %%
 #| export
@@ -1161,7 +1210,10 @@ for axis, (name, look) in zip(axes.flat, looks.items(), strict=True):
 # %% [markdown]
 # ### All together
 #
-# The renderer holds the fonts, and picks for each text a face that holds all of its characters: first a family, evenly (or a family with twelve weights would rule), then one of its faces. Two running hands that are hard to read even when sharp are picked less often, and Latin text is set in Latin faces more often than in the Latin letters of Chinese ones.
+# The renderer holds the fonts, and picks for each text a face that holds all of its characters: first a family, evenly
+# (or a family with twelve weights would rule), then one of its faces. Two running hands that are hard to read even when
+# sharp are picked less often, and Latin text is set in Latin faces more often than in the Latin letters of Chinese
+# ones.
 
 # %%
 #| export
@@ -1256,7 +1308,8 @@ class LineRenderer:
 
 
 # %% [markdown]
-# Two dozen lines, scaled to one height for the page. Look for anything that you could not read yourself: training on it teaches guessing.
+# Two dozen lines, scaled to one height for the page. Look for anything that you could not read yourself: training on it
+# teaches guessing.
 
 # %%
 #| export
@@ -1283,7 +1336,8 @@ plt.imshow(contact_sheet([line.image for line in lines]))
 _ = plt.axis("off")
 
 # %% [markdown]
-# `Looks` says how much of each effect there is. Photographs and arcs are off by default; `VARIED` turns them on for training. Here everything at once, so that you see each of them:
+# `Looks` says how much of each effect there is. Photographs and arcs are off by default; `VARIED` turns them on for
+# training. Here everything at once, so that you see each of them:
 
 # %%
 busy = LineRenderer(fonts, looks=Looks(photograph=1, curve=1, shading=1, shadow=0.5, outline=0.5))
@@ -1293,7 +1347,8 @@ plt.imshow(contact_sheet([line.image for line in lines]))
 _ = plt.axis("off")
 
 # %% [markdown]
-# And the boxes and centres, which have gone through the same warp. They are kept as shares of width and height, so that they stay true whatever size the line is brought to:
+# And the boxes and centres, which have gone through the same warp. They are kept as shares of width and height, so that
+# they stay true whatever size the line is brought to:
 
 # %%
 line = renderer.render("和平路 No.36", np.random.default_rng(8), LineStyle(fonts[0], angle=3, spacing=0.1))
@@ -1310,7 +1365,10 @@ assert (np.diff(line.centers) > 0).all() and len(line.boxes) == len(line.text)
 # %% [markdown]
 # ## 5. What a class looks like
 #
-# A model with 3,900 classes and, say, 100,000 training characters meets each class some 25 times: too few to learn its shape from. But we *know* its shape. `glyph_bitmaps` draws every class as a small picture, and from lesson 05 on the embedding of a character will be a learned vector **plus** a projection of this picture. Similar characters then begin with similar vectors.
+# A model with 3,900 classes and, say, 100,000 training characters meets each class some 25 times: too few to learn its
+# shape from. But we *know* its shape. `glyph_bitmaps` draws every class as a small picture, and from lesson 05 on the
+# embedding of a character will be a learned vector **plus** a projection of this picture. Similar characters then begin
+# with similar vectors.
 
 # %%
 #| export
@@ -1352,11 +1410,13 @@ blank = [c for c, bitmap in zip(alphabet.characters, bitmaps[2:], strict=True) i
 print("classes without ink besides PAD:", blank)
 
 # %% [markdown]
-# 未 and 末, 己, 已 and 巳 differ by the length of one stroke. Whoever restores a blurred line has to decide between them; that is what the text diffusion is for.
+# 未 and 末, 己, 已 and 巳 differ by the length of one stroke. Whoever restores a blurred line has to decide between them;
+# that is what the text diffusion is for.
 #
 # ## 6. On the command line
 #
-# `python -m difftsr.text_lines --fonts` prints which faces were found, what they cover, and what brings the others; `--show 20` prints phrases.
+# `python -m difftsr.text_lines --fonts` prints which faces were found, what they cover, and what brings the others;
+# `--show 20` prints phrases.
 
 # %%
 #| export
@@ -1435,15 +1495,18 @@ if __name__ == "__main__" and "__file__" in globals():
 # ## Summary
 #
 # - Three things that are easily confused, *nothing*, *something unknown* and *a space*, have three classes.
-# - A glyph counts only if the font's map lists it and it leaves ink. Faces and texts kept for evaluation are refused at the door.
+# - A glyph counts only if the font's map lists it and it leaves ink. Faces and texts kept for evaluation are refused at
+#   the door.
 # - Phrases come from a grammar that anyone can edit; 15 % random characters let the model meet the whole alphabet.
-# - `rare_share` brings every character in words; `Looks` sets how often each effect is met, photographs and arcs included.
+# - `rare_share` brings every character in words; `Looks` sets how often each effect is met, photographs and arcs
+#   included.
 # - A line is one mask of ink, one projective warp and a few layers; the character boxes go through the same warp.
 
 # %% [markdown]
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/01_text_lines.ipynb](../exercises/01_text_lines.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+# The same tasks without solutions: [exercises/01_text_lines.ipynb](../exercises/01_text_lines.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
 import cv2
@@ -1456,7 +1519,8 @@ from difftsr.text_lines import Alphabet, is_reserved, reserved_texts
 # %% [markdown]
 # ### 1 · Nothing, something, a space · ●○○ easy
 #
-# Write the classes of a text: 0 where there is nothing (any more), 1 for a character outside the alphabet, $2 + i$ for its $i$-th character. A space is a character.
+# Write the classes of a text: 0 where there is nothing (any more), 1 for a character outside the alphabet, $2 + i$ for
+# its $i$-th character. A space is a character.
 #
 # <details><summary>Hint</summary>
 #
@@ -1487,11 +1551,14 @@ check({
 # %% [markdown]
 # ### 2 · Boxes through a warp · ●●○ medium
 #
-# A projective warp sends $(x, y)$ to $(u / w, v / w)$ with $(u, v, w)^\top = H\,(x, y, 1)^\top$. Write it for many points. The lesson sends the boxes of the characters through the same $H$ as the ink, so that everyone knows where a character stands.
+# A projective warp sends $(x, y)$ to $(u / w, v / w)$ with $(u, v, w)^\top = H\,(x, y, 1)^\top$. Write it for many
+# points. The lesson sends the boxes of the characters through the same $H$ as the ink, so that everyone knows where a
+# character stands.
 #
 # <details><summary>Hint</summary>
 #
-# Append a column of ones, multiply by $H^\top$, divide. Forgetting to divide goes unnoticed as long as $H$ only moves and turns.
+# Append a column of ones, multiply by $H^\top$, divide. Forgetting to divide goes unnoticed as long as $H$ only moves
+# and turns.
 #
 # </details>
 
@@ -1521,7 +1588,9 @@ check({
 # %% [markdown]
 # ### 3 · A leak · ●●● hard
 #
-# No text of the evaluation sets may be trained on, and also not *inside* a longer one. A colleague compares with `text in reserved`. Find three ways around that comparison, then close them: a text leaks if it equals a reserved one, or if one contains the other and the shorter has four characters or more. Case and spaces do not count.
+# No text of the evaluation sets may be trained on, and also not *inside* a longer one. A colleague compares with `text
+# in reserved`. Find three ways around that comparison, then close them: a text leaks if it equals a reserved one, or if
+# one contains the other and the shorter has four characters or more. Case and spaces do not count.
 #
 # <details><summary>Hint</summary>
 #
@@ -1558,4 +1627,5 @@ check({
 # %% [markdown]
 # ## Where to go next
 #
-# [Lesson 02](02_degradation.ipynb) takes these sharp lines and spoils them, in all the ways in which cameras, resizers and compressors do. [Lesson 03](03_dataset.ipynb) makes the two sides into training batches.
+# [Lesson 02](02_degradation.ipynb) takes these sharp lines and spoils them, in all the ways in which cameras, resizers
+# and compressors do. [Lesson 03](03_dataset.ipynb) makes the two sides into training batches.

@@ -22,7 +22,7 @@
 # what
 # *blind* means, what each kind of damage does to strokes, and how hard training lines should be.
 #
-# **It needs** a minute on two CPU cores and 1 GB of memory; no GPU, no weights.
+# **It needs** 1 minute and 1 GB of memory on two CPU cores; no GPU, no weights.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/02_degradation.ipynb)
@@ -64,6 +64,11 @@ if "google.colab" in sys.modules:
         importlib.invalidate_caches()
 if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("degradation")
 
 # %%
 #| default_exp degradation
@@ -1259,12 +1264,16 @@ assert list(distance.values()) == sorted(distance.values())
 # %% [markdown]
 # ## 12. A whole batch at once
 #
-# `degrade` works on one line, on one core. A graphics card wants many lines in one call, and a lesson wants to *see* what was drawn. So the second form has two halves:
+# `degrade` works on one line, on one core. A graphics card wants many lines in one call, and a lesson wants to *see*
+# what was drawn. So the second form has two halves:
 #
-# 1. `draw_recipe` draws, on the CPU, what shall happen to one line: a list of steps with their numbers. A recipe is plain data: it can be printed, stored, changed and done again.
-# 2. `follow` does the steps of many recipes to a batch of lines, in torch, on any device. At each round the lines that have the same operation next are done together.
+# 1. `draw_recipe` draws, on the CPU, what shall happen to one line: a list of steps with their numbers. A recipe is
+#    plain data: it can be printed, stored, changed and done again.
+# 2. `follow` does the steps of many recipes to a batch of lines, in torch, on any device. At each round the lines that
+#    have the same operation next are done together.
 #
-# The distributions are those of `bsrgan` and `real_esrgan` above, with one difference: every JPEG is `diff_jpeg`, because no device has libjpeg.
+# The distributions are those of `bsrgan` and `real_esrgan` above, with one difference: every JPEG is `diff_jpeg`,
+# because no device has libjpeg.
 
 # %%
 #| export
@@ -1450,9 +1459,14 @@ for step in recipe.steps:
 
 
 # %% [markdown]
-# Lines of one batch soon have different sizes: each is shrunk by its own factor. Where several go through one call, they lie in the upper left corners of one tensor, with zeros around, and every operation must act as if each line stood alone. A graphics card wants that, since a call costs it more than some zeros. A CPU does not, since it computes every zero: there each line goes alone, at its own size, and OpenCV filters and resizes it, which it does several times faster than torch. The numbers agree up to rounding; the device decides which way is taken.
+# Lines of one batch soon have different sizes: each is shrunk by its own factor. Where several go through one call,
+# they lie in the upper left corners of one tensor, with zeros around, and every operation must act as if each line
+# stood alone. A graphics card wants that, since a call costs it more than some zeros. A CPU does not, since it computes
+# every zero: there each line goes alone, at its own size, and OpenCV filters and resizes it, which it does several
+# times faster than torch. The numbers agree up to rounding; the device decides which way is taken.
 #
-# Torch has three of the resizes too. The others are linear and separable, $Y = R\,X\,C^\top$: the matrices $R$ and $C$ are what the one-image resize does to the unit vectors, so both forms agree by construction.
+# Torch has three of the resizes too. The others are linear and separable, $Y = R\,X\,C^\top$: the matrices $R$ and $C$
+# are what the one-image resize does to the unit vectors, so both forms agree by construction.
 
 # %%
 #| export
@@ -1496,7 +1510,11 @@ def _resize(lines: Sequence[torch.Tensor], steps: Sequence[dict]) -> list[torch.
 
 
 # %% [markdown]
-# A blur has up to 25 x 25 numbers for every pixel, and every line has its own kernel. For a batch the Fourier transform is the way: there filtering is a product, and the size of the kernel costs nothing. $x \ast k = \mathcal F^{-1}(\mathcal F x \cdot \overline{\mathcal F k})$, with the bar because Real-ESRGAN correlates. The transform takes a picture for a tile of an endless floor, so the mirrored border comes first, and it likes lengths without large prime factors.
+# A blur has up to 25 x 25 numbers for every pixel, and every line has its own kernel. For a batch the Fourier transform
+# is the way: there filtering is a product, and the size of the kernel costs nothing. $x \ast k = \mathcal
+# F^{-1}(\mathcal F x \cdot \overline{\mathcal F k})$, with the bar because Real-ESRGAN correlates. The transform takes
+# a picture for a tile of an endless floor, so the mirrored border comes first, and it likes lengths without large prime
+# factors.
 
 # %%
 #| export
@@ -1559,7 +1577,8 @@ def _blur(lines: Sequence[torch.Tensor], steps: Sequence[dict]) -> list[torch.Te
 
 
 # %% [markdown]
-# The other operations. Noise is drawn with a generator for each line, from the seed in its step, so that a line does not depend on its neighbours.
+# The other operations. Noise is drawn with a generator for each line, from the seed in its step, so that a line does
+# not depend on its neighbours.
 
 # %%
 #| export
@@ -1711,7 +1730,10 @@ show(after_each_step(recipe), 3, 11)
 # %% [markdown]
 # ### What hurts a reader most?
 #
-# The eye has an opinion; a reader gives a number. Because a recipe is data, we can leave steps out: the same severe recipes with the shrinking alone, then with one kind of damage added, then with everything. PP-OCRv4 reads the enlarged lines, and the score is the normalised edit similarity (NED) of what it reads with what was written: 1 is perfect.
+# The eye has an opinion; a reader gives a number. Because a recipe is data, we can leave steps out: the same severe
+# recipes with the shrinking alone, then with one kind of damage added, then with everything. PP-OCRv4 reads the
+# enlarged lines, and the score is the normalised edit similarity (NED) of what it reads with what was written: 1 is
+# perfect.
 
 # %%
 DAMAGE = {"shrink": (), "+ blur": ("blur",), "+ noise": ("noise", "poisson"), "+ JPEG": ("jpeg",),
@@ -1767,12 +1789,14 @@ else:
 
 
 # %% [markdown]
-# On these twenty lines each kind of damage alone costs about a tenth of the score, and all together cost a quarter: what blur has weakened, noise drowns. Change `strength` or the entries of `DAMAGE` and see whether that still holds.
+# On these twenty lines each kind of damage alone costs about a tenth of the score, and all together cost a quarter:
+# what blur has weakened, noise drowns. Change `strength` or the entries of `DAMAGE` and see whether that still holds.
 
 # %% [markdown]
 # ## 13. Turn the knobs yourself
 #
-# Every number with a point in a recipe is a knob: widths of blur, strengths of noise, qualities of JPEG. `turned` gives a step new numbers and leaves everything else as it was drawn, the noise grain by grain.
+# Every number with a point in a recipe is a knob: widths of blur, strengths of noise, qualities of JPEG. `turned` gives
+# a step new numbers and leaves everything else as it was drawn, the noise grain by grain.
 
 # %%
 def knobs(step: dict) -> dict[str, float]:
@@ -1794,9 +1818,13 @@ assert turned(blur, knobs(blur)) == blur
 
 
 # %% [markdown]
-# First as a still picture, so that nothing is lost where no kernel runs. Each row turns the knobs of one step to a quarter of what was drawn (left) and to four times as much (right); angles stay. Over each line stands what PP-OCRv4 reads, and its NED.
+# First as a still picture, so that nothing is lost where no kernel runs. Each row turns the knobs of one step to a
+# quarter of what was drawn (left) and to four times as much (right); angles stay. Over each line stands what PP-OCRv4
+# reads, and its NED.
 #
-# Look at the two blurs. The first comes before the noise: four times as wide, it takes the strokes away. The last comes after the noise: four times as wide, it takes the *noise* away, and the reader is grateful. The order of the damage counts, and that is why BSRGAN shuffles it.
+# Look at the two blurs. The first comes before the noise: four times as wide, it takes the strokes away. The last comes
+# after the noise: four times as wide, it takes the *noise* away, and the reader is grateful. The order of the damage
+# counts, and that is why BSRGAN shuffles it.
 
 # %%
 def done(steps: Sequence[dict]) -> np.ndarray:
@@ -1884,7 +1912,8 @@ assert len(picture.value) > 1000
 widgets.VBox([widgets.HBox([strength, seed]), picture, caption, rows])
 
 # %% [markdown]
-# Moved by hand or by code, a box does the same. Without its noise the line is another one; with it again, it is what it was, to the bit:
+# Moved by hand or by code, a box does the same. Without its noise the line is another one; with it again, it is what it
+# was, to the bit:
 
 # %%
 before = picture.value
@@ -1936,7 +1965,8 @@ except ValueError as error:
 # %% [markdown]
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/02_degradation.ipynb](../exercises/02_degradation.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+# The same tasks without solutions: [exercises/02_degradation.ipynb](../exercises/02_degradation.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
 import numpy as np
@@ -1948,7 +1978,8 @@ from difftsr.exercises import check, near
 # %% [markdown]
 # ### 1 · Shrink without lying · ●○○ easy
 #
-# Taking every $k$-th pixel turns a fine checkerboard into plain white (or black, by luck). Shrink by averaging blocks of $k \times k$ instead.
+# Taking every $k$-th pixel turns a fine checkerboard into plain white (or black, by luck). Shrink by averaging blocks
+# of $k \times k$ instead.
 #
 # <details><summary>Hint</summary>
 #
@@ -1980,11 +2011,13 @@ check({
 # %% [markdown]
 # ### 2 · Two blurs are one · ●●○ medium
 #
-# A camera blurs by a Gaussian of $\sigma_1$, then an app blurs by $\sigma_2$. Predict the one $\sigma$ that does both. Then measure the $\sigma$ of any kernel from its numbers, and compare.
+# A camera blurs by a Gaussian of $\sigma_1$, then an app blurs by $\sigma_2$. Predict the one $\sigma$ that does both.
+# Then measure the $\sigma$ of any kernel from its numbers, and compare.
 #
 # <details><summary>Hint</summary>
 #
-# What adds when independent random steps are added? For the measurement: $\sigma^2 = \sum_x x^2\, k(x)$ along one axis, from the centre.
+# What adds when independent random steps are added? For the measurement: $\sigma^2 = \sum_x x^2\, k(x)$ along one axis,
+# from the centre.
 #
 # </details>
 
@@ -2023,7 +2056,9 @@ check({
 # %% [markdown]
 # ### 3 · Where a sinc rings · ●●● hard
 #
-# The ideal low-pass filter is $h(r) = \frac{\omega}{2 \pi r} J_1(\omega r)$. $J_1$ vanishes first at 3.8317. At which distance from an edge does the filter begin to ring the other way? And which cutoff puts this circle at a given radius?
+# The ideal low-pass filter is $h(r) = \frac{\omega}{2 \pi r} J_1(\omega r)$. $J_1$ vanishes first at 3.8317. At which
+# distance from an edge does the filter begin to ring the other way? And which cutoff puts this circle at a given
+# radius?
 #
 # <details><summary>Hint</summary>
 #

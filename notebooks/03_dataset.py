@@ -52,6 +52,11 @@ if "google.colab" in sys.modules:
 if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
 
+# %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("dataset")
+
 # %% [markdown]
 # **What you will build**
 #
@@ -65,7 +70,7 @@ if os.path.dirname(os.getcwd()) not in sys.path:
 # - the cleaning rules of the method's authors, and what happens to a record that breaks them;
 # - when it pays to render ahead.
 #
-# **What it needs**: about half a minute and 700 MB on two CPU cores; no GPU, no download.
+# **What it needs**: 0.5 minutes and 0.7 GB of memory on two CPU cores; no GPU, no download.
 
 # %%
 #| default_exp dataset

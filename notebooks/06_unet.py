@@ -17,7 +17,7 @@
 # why half of its layers start at zero; what attention computes, by hand; why a network that renders text has to know
 # *where* each character stands, and how much faster it learns to write once it does.
 #
-# **Needs.** About a minute on one processor core, 1 GB of memory, no GPU.
+# **Needs.** 1 minute and 1 GB of memory on two CPU cores; no GPU.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/06_unet.ipynb)
@@ -59,6 +59,11 @@ if "google.colab" in sys.modules:
         importlib.invalidate_caches()
 if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("unet")
 
 # %%
 #| default_exp unet
@@ -1012,7 +1017,8 @@ assert torch.allclose(direct, fewer, atol=1e-4)
 # %% [markdown]
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/06_unet.ipynb](../exercises/06_unet.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+# The same tasks without solutions: [exercises/06_unet.ipynb](../exercises/06_unet.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
 from math import log, sqrt
@@ -1026,7 +1032,8 @@ from difftsr.unet import ResBlock, timestep_embedding
 # %% [markdown]
 # ### 1 · A clock with many hands · ●○○ easy
 #
-# Write the code of a time: for $i = 0 \dots d/2 - 1$ the angle $t \cdot 10000^{-2i/d}$; first all cosines, then all sines. Which hand tells $t = 500$ from $t = 501$, and which 100 from 900?
+# Write the code of a time: for $i = 0 \dots d/2 - 1$ the angle $t \cdot 10000^{-2i/d}$; first all cosines, then all
+# sines. Which hand tells $t = 500$ from $t = 501$, and which 100 from 900?
 #
 # <details><summary>Hint</summary>
 #
@@ -1058,7 +1065,8 @@ check({
 # %% [markdown]
 # ### 2 · Attention in two lines · ●●○ medium
 #
-# Write $\mathrm{softmax}(Q K^\top / \sqrt d)\, V$ for a batch. Afterwards explain from your own code why the order of the text tokens cannot matter, so that places must be told.
+# Write $\mathrm{softmax}(Q K^\top / \sqrt d)\, V$ for a batch. Afterwards explain from your own code why the order of
+# the text tokens cannot matter, so that places must be told.
 #
 # <details><summary>Hint</summary>
 #
@@ -1093,7 +1101,9 @@ check({
 # %% [markdown]
 # ### 3 · Where the parameters are · ●●● hard
 #
-# Predict the number of parameters of a `ResBlock` from $a$ to $b$ channels that hears a time vector of $e$ numbers, by counting: two group norms, two $3 \times 3$ convolutions, one linear layer, and a $1 \times 1$ shortcut where $a \ne b$. What grows quadratically with the width, and why does a U-Net keep most of its parameters at its lowest level?
+# Predict the number of parameters of a `ResBlock` from $a$ to $b$ channels that hears a time vector of $e$ numbers, by
+# counting: two group norms, two $3 \times 3$ convolutions, one linear layer, and a $1 \times 1$ shortcut where $a \ne
+# b$. What grows quadratically with the width, and why does a U-Net keep most of its parameters at its lowest level?
 #
 # <details><summary>Hint</summary>
 #

@@ -17,7 +17,7 @@
 # is asked to predict, and why the published choice gives wrong colours for so long; how uncertain text is told
 # honestly; and how a loss that reads the picture can teach the network, or only seem to.
 #
-# **Needs.** About a minute on one processor core, 1 GB of memory, no GPU.
+# **Needs.** 1 minute and 1 GB of memory on two CPU cores; no GPU.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/07_idm.ipynb)
@@ -59,6 +59,11 @@ if "google.colab" in sys.modules:
         importlib.invalidate_caches()
 if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("idm")
 
 # %%
 #| default_exp idm
@@ -157,16 +162,40 @@ def show(rows: dict[str, list[Tensor]], titles: list[str], width: float = 11.0) 
 examples = draw_lines(3, seed=5)
 show({"sharp": list(examples["z_hr"]), "degraded": list(examples["z_lr"])}, examples["text"])
 
-
 # %% [markdown]
 # ## 1. Forward: drowning a line in noise
 #
 # The forward process adds a little normal noise a thousand times, and shrinks what was there so that the variance
 # stays one: $z_t = \sqrt{1 - \beta_t}\, z_{t-1} + \sqrt{\beta_t}\, \varepsilon_t$. Nobody runs it step by step, for
-# sums of normal numbers are normal:
+# there is a short cut:
 #
 # $$ z_t = \sqrt{\bar\alpha_t}\, z_0 + \sqrt{1 - \bar\alpha_t}\, \varepsilon, \qquad \bar\alpha_t = \prod_{s \le t} (1 - \beta_s) . $$
 #
+# **Why.** Suppose it holds one step earlier, with some normal $\varepsilon'$. Put that into the step:
+#
+# $$ z_t = \sqrt{(1 - \beta_t)\,\bar\alpha_{t-1}}\; z_0 \;+\; \sqrt{(1 - \beta_t)(1 - \bar\alpha_{t-1})}\;
+# \varepsilon' + \sqrt{\beta_t}\;\varepsilon_t . $$
+#
+# The factor of $z_0$ is $\sqrt{\bar\alpha_t}$, by the definition of the product. The two noises are independent and
+# normal, so their sum is normal and their variances add: $(1 - \beta_t)(1 - \bar\alpha_{t-1}) + \beta_t = 1 - (1 -
+# \beta_t)\,\bar\alpha_{t-1} = 1 - \bar\alpha_t$. Before the first step nothing has happened, $\bar\alpha = 1$, and
+# the formula holds too: hence it holds for every $t$. (A trap of notation: $z_0$ is the *clean* latent, and time 0 has
+# one step of noise already. Where clean needs a time of its own, in lesson 11, it is $-1$.)
+#
+# Both ways, for a hundred thousand latents that are all 2:
+
+# %%
+beta, start = torch.linspace(0, 0.02, 300), torch.full((100_000,), 2.0)
+long_way, draw = start, torch.Generator().manual_seed(0)
+for b in beta:
+    long_way = (1 - b).sqrt() * long_way + b.sqrt() * torch.randn(start.shape, generator=draw)
+left = (1 - beta).prod()
+print(f"300 steps: mean {long_way.mean():.2f}, std {long_way.std():.2f}")
+print(f"one step : mean {2 * left.sqrt():.2f}, std {(1 - left).sqrt():.2f}")
+assert abs(long_way.mean() - 2 * left.sqrt()) < 0.01 and abs(long_way.std() - (1 - left).sqrt()) < 0.01
+
+
+# %% [markdown]
 # So a schedule is a table of $\bar\alpha$. Ours is a cosine; the published one has betas whose roots grow linearly.
 
 # %%
@@ -217,12 +246,6 @@ axes[0].legend()
 plt.show()
 for name, table in tables.items():
     print(f"{name:24s} at t = 999 the latent is multiplied by {table[-1].sqrt():.4f}")
-
-beta = 1 - tables["published"][1:] / tables["published"][:-1]  # the long way and the short way agree
-spread, share = 1 - tables["published"][0], tables["published"][0].sqrt()
-for b in beta:
-    spread, share = (1 - b) * spread + b, (1 - b).sqrt() * share
-assert abs(share**2 - tables["published"][-1]) < 1e-12 and abs(spread - (1 - tables["published"][-1])) < 1e-12
 
 # %% [markdown]
 # The published schedule never quite reaches pure noise: one percent of the latent is left at $t = 999$, and a network
@@ -380,11 +403,23 @@ plt.ylim(0.05, 50), plt.xlabel("t"), plt.legend()
 plt.show()
 torch.testing.assert_close(cosine.loss_weight(t, "v") * (snr + 1), cosine.loss_weight(t, "residual"))
 
-
 # %% [markdown]
 # > **The released code, row 8.** The paper says "L2 loss"; the code takes the absolute difference, without weights.
 # > Both can be set here (`IDMTraining.loss`); the squared error is the default, because its minimum is the
 # > conditional mean that the sampler's equations assume.
+#
+# Which number stands for a pixel that is ink (0) in six of ten sharp lines that look alike after blurring, and paper
+# (1) in four? Try all of them:
+
+# %%
+ink, guess = torch.tensor([0.0] * 6 + [1.0] * 4), torch.linspace(0, 1, 101)[:, None]
+best_l1, best_l2 = (guess[(guess - ink).abs().pow(k).mean(1).argmin()].item() for k in (1, 2))
+print(f"the absolute difference takes {best_l1:.1f}, the square {best_l2:.1f}")
+assert best_l1 == 0 and abs(best_l2 - 0.4) < 1e-6
+
+# %% [markdown]
+# The absolute difference settles for the *median* and forgets the minority, the square keeps the mean. A sampler that
+# goes on from the mean can still end at either.
 #
 # ## 3. Two conditions: the picture and the text
 #
@@ -395,6 +430,24 @@ torch.testing.assert_close(cosine.loss_weight(t, "v") * (snr + 1), cosine.loss_w
 # > are trained together, in sampling, and once more inside the mixture module. The frozen IDM of the joint stage gets
 # > a condition 5.5 times too small. Here the VAE measures shift and scale once, and everybody gets
 # > `vae.to_latent(...)`.
+#
+# What that costs a network that cannot adapt, in the smallest model there is: $z_0$ from $z_t$ and $z_{LR}$ by least
+# squares, fitted with the right condition, then frozen and fed with the shrunken one.
+
+# %%
+lines, draw = draw_lines(16, seed=6), torch.Generator().manual_seed(1)
+z_0, z_lr = lines["z_hr"].flatten(), lines["z_lr"].flatten()
+for time in (200, 500, 800):
+    alpha, sigma = (float(x) for x in cosine.levels(torch.tensor([time])))
+    z_t = alpha * z_0 + sigma * torch.randn(z_0.shape, generator=draw)
+    frozen = torch.linalg.lstsq(torch.stack([z_t, z_lr], 1), z_0[:, None]).solution
+    right, wrong = ((torch.stack([z_t, k * z_lr], 1) @ frozen - z_0[:, None]).square().mean() for k in (1, 1 / 5.5))
+    print(f"t = {time}: squared error {right:.3f}, with the condition 5.5 times too small {wrong:.3f}")
+    assert wrong > right
+
+
+# %% [markdown]
+# The noisier $z_t$ is, the more the answer leans on the condition, and the dearer it is to shrink it.
 #
 # **The text** enters as tokens for the cross-attention. What we know at restoration time is not a text but a
 # *reading*: for each position some candidates with probabilities (lesson 05). Rounding it to the likeliest text would
@@ -516,14 +569,18 @@ assert encoder(Reading.none(2)).shape == (2, 24, 48)
 # %% [markdown]
 # ### The text, drawn
 #
-# Cross-attention must *learn* what each of 3,900 characters looks like, and where to put it. A small network with little
-# time learns neither. But we know both: the bitmap of a character, and its centre. So we also draw the text, as a line of
+# Cross-attention must *learn* what each of 3,900 characters looks like, and where to put it. A small network with
+# little
+# time learns neither. But we know both: the bitmap of a character, and its centre. So we also draw the text, as a line
+# of
 # ghosts where the characters stand, and hand it to the U-Net as four more channels. The face, the slant, the colour are
-# not in it; they are in the degraded line. (GlyphControl, arXiv 2305.18259, and TextDiffuser, arXiv 2305.10855, condition
+# not in it; they are in the degraded line. (GlyphControl, arXiv 2305.18259, and TextDiffuser, arXiv 2305.10855,
+# condition
 # on drawn text for the same reason; DiffTSR does not, and `canvas=False` is its way.)
 #
 # Naively, character $i$ would be pasted at its centre, as wide as the line is divided by its number of characters. That
-# fails as soon as an "i" stands beside an "m". A character has the room from half-way to its left neighbour to half-way to
+# fails as soon as an "i" stands beside an "m". A character has the room from half-way to its left neighbour to half-way
+# to
 # its right one; its ink is stretched over that, but not a comma's, which would become a blot.
 
 # %%
@@ -1153,7 +1210,8 @@ else:
 # %% [markdown]
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/07_idm.ipynb](../exercises/07_idm.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+# The same tasks without solutions: [exercises/07_idm.ipynb](../exercises/07_idm.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
 import torch
@@ -1165,7 +1223,8 @@ from difftsr.idm import GaussianDiffusion, ScheduleConfig, alpha_bar_table
 # %% [markdown]
 # ### 1 · Drown a latent · ●○○ easy
 #
-# Write the forward marginal for a batch in which every line has a level of its own, $z_t = \sqrt{\bar\alpha_t}\, z_0 + \sqrt{1 - \bar\alpha_t}\, \varepsilon$.
+# Write the forward marginal for a batch in which every line has a level of its own, $z_t = \sqrt{\bar\alpha_t}\, z_0 +
+# \sqrt{1 - \bar\alpha_t}\, \varepsilon$.
 #
 # <details><summary>Hint</summary>
 #
@@ -1200,7 +1259,8 @@ check({
 # %% [markdown]
 # ### 2 · Back from v · ●●○ medium
 #
-# A network says $v = \alpha\,\varepsilon - \sigma z_0$, and $z_t = \alpha z_0 + \sigma\varepsilon$ with $\alpha^2 + \sigma^2 = 1$. Solve the two equations for $z_0$ and $\varepsilon$ on paper, then write them.
+# A network says $v = \alpha\,\varepsilon - \sigma z_0$, and $z_t = \alpha z_0 + \sigma\varepsilon$ with $\alpha^2 +
+# \sigma^2 = 1$. Solve the two equations for $z_0$ and $\varepsilon$ on paper, then write them.
 #
 # <details><summary>Hint</summary>
 #
@@ -1230,7 +1290,9 @@ check({
 # %% [markdown]
 # ### 3 · Where eps-prediction explodes · ●●○ medium
 #
-# First predict: an error of .01 in the predicted noise becomes an error of how much in $z_0$, at the middle of the cosine schedule, and at its end? Then write the factor by which it grows as a function of $\bar\alpha_t$, and find the first time `t_ten` at which it exceeds 10.
+# First predict: an error of .01 in the predicted noise becomes an error of how much in $z_0$, at the middle of the
+# cosine schedule, and at its end? Then write the factor by which it grows as a function of $\bar\alpha_t$, and find the
+# first time `t_ten` at which it exceeds 10.
 #
 # <details><summary>Hint</summary>
 #
@@ -1269,11 +1331,14 @@ check({
 # %% [markdown]
 # ### 4 · A weight with a fault · ●●● hard
 #
-# Min-SNR wants the squared error *of $z_0$* weighted by the SNR, clipped to .5 … 5. The network says $v$, so the loss is an error of $v$. A colleague wrote `clipped / snr`, and training is noisy near $T$. Derive by how much an error of $v$ becomes one of $z_0$, and put the weight right.
+# Min-SNR wants the squared error *of $z_0$* weighted by the SNR, clipped to .5 … 5. The network says $v$, so the loss
+# is an error of $v$. A colleague wrote `clipped / snr`, and training is noisy near $T$. Derive by how much an error of
+# $v$ becomes one of $z_0$, and put the weight right.
 #
 # <details><summary>Hint</summary>
 #
-# From $z_0 = \alpha z_t - \sigma v$: a squared error of $v$ times what? Write that in terms of SNR $= \alpha^2 / \sigma^2$.
+# From $z_0 = \alpha z_t - \sigma v$: a squared error of $v$ times what? Write that in terms of SNR $= \alpha^2 /
+# \sigma^2$.
 #
 # </details>
 

@@ -17,8 +17,8 @@
 # turns a guess of the clean text into one step backwards, and why the same guess needs another rule when it was
 # learned by cross-entropy. Why the released code hardly ever corrects a character, which is one wrong index.
 #
-# **What you need.** Lessons 05 (the reader and its `Reading`) and 07 (diffusion on latents). One minute and 1 GB on
-# two CPU cores.
+# **What you need.** Lessons 05 (the reader and its `Reading`) and 07 (diffusion on latents). 1 minute and
+# 1 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/08_tdm.ipynb)
@@ -60,6 +60,11 @@ if "google.colab" in sys.modules:
         importlib.invalidate_caches()
 if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("tdm")
 
 # %%
 #| default_exp tdm
@@ -356,6 +361,11 @@ widgets.VBox([slider, shown])
 # $$q(c_s \mid c_t, c_0) \;\propto\; \underbrace{q(c_s \mid c_0)}_{\bar\alpha_s}\;\underbrace{q(c_t \mid
 # c_s)}_{\bar\alpha_t / \bar\alpha_s}$$
 #
+# (Bayes has $q(c_t \mid c_s, c_0)$ as its second factor. Each step looks only at the character before it, so $c_0$ has
+# nothing to add once $c_s$ is known. And from $s$ to $t$ the matrices of the steps in between multiply to one of the
+# same form, with $\alpha_{s+1} \cdots \alpha_t = \bar\alpha_t / \bar\alpha_s$. That is the *strided* posterior; with
+# $s = t - 1$ it is the paper's. What the proportionality hides is the sum over $c_s$, which is $q(c_t \mid c_0)$.)
+#
 # Three lines of code: blur the clean text to level $s$; blur $c_t$ by the noise between $s$ and $t$ (as a function of
 # $c_s$, which is allowed because uniform noise is symmetric); add the logarithms and normalise. For $s = -1$ nothing
 # is blurred: $\bar\alpha_{-1} = 1$.
@@ -498,7 +508,6 @@ for steps in (200, 20):
     print(f"released indexing, S = {steps}: {released:.4f}")
 assert released < 0.01 < 0.9 < corrected(backwards(20, 999))
 
-
 # %% [markdown]
 # The start level *is* the trust in the reader, and the number of steps does not matter once the step is strided
 # properly. This project starts at $T - 1$, pure noise, and lets the reading enter as a **condition** of the network,
@@ -511,9 +520,28 @@ assert released < 0.01 < 0.9 < corrected(backwards(20, 999))
 # * the noised text `c_t` and the time $t$;
 # * what the **reader** made of the degraded line, with its doubts: the expected character vector of its five best
 #   guesses, $\sum_k p_k E[k]$, and the confidence;
-# * the **image**, as columns from left to right (the published code cuts the latent into slices of memory that run
-#   across colour channels). A column token is made of the reader's feature map and of the latent of the
-#   degraded line, and later MoM adds what the half-restored image shows.
+# * the **image**, as columns from left to right. A column token is made of the reader's feature map and of the latent
+#   of the degraded line, and later MoM adds what the half-restored image shows.
+#
+# > **The released code, row 7.** It makes its image tokens by a `.view` of the latent (3 x 32 x 128 numbers) as 16 runs
+# > of
+# > 768. That is how the numbers lie in memory, and not how they lie in the picture.
+#
+# Give every number of a latent its channel, row and column, cut both ways, and ask what a token has seen:
+
+# %%
+places = torch.stack(torch.meshgrid(torch.arange(3), torch.arange(32), torch.arange(128), indexing="ij"), -1)
+cuts = {"released: view": places.reshape(16, 768, 3), "columns": rearrange(places, "c h (n w) p -> n (c h w) p", n=16)}
+for name, tokens in cuts.items():
+    channels, rows, columns = ([len(token[:, i].unique()) for token in tokens] for i in range(3))
+    print(f"{name:15s} channels {min(channels)}-{max(channels)} of 3, rows {min(rows)}-{max(rows)} of 32, "
+          f"columns {min(columns)}-{max(columns)} of 128")  # fmt: skip
+
+
+# %% [markdown]
+# A released token knows a strip of six rows, of one channel or over the seam of two, across the *whole* width: all 24
+# characters at once, and none of them in full. To find what stands at the third place, attention would have to take
+# all tokens and undo the cut. A token of columns holds a few characters' worth of the line from top to bottom.
 #
 # Time and places are given as sines and cosines.
 
@@ -928,17 +956,69 @@ count = sum(p.numel() for p in published.parameters())
 print(f"{count:,} parameters")
 assert count == 211_099_217
 
-
 # %% [markdown]
 # ## 8. Two losses
 #
-# **The variational bound.** $-\log p(c_0)$ is at most a sum of one term for each step: the divergence between the
-# true step back (which Bayes gives us, section 3) and the network's step, plus a likelihood at $t = 0$ and a constant
-# for the very noisiest text. One random $t$ for each line estimates the sum,
+# **The variational bound.** What we would like to make small is $-\log p(x)$ of the clean text, called $x$ in the next
+# lines so that $c_0 \dots c_{T-1}$ are the noised ones. It needs a sum over all paths of noise, which nobody can
+# compute. Write that sum as a mean over the paths that $q$ draws, and move the logarithm inside (Jensen's inequality:
+# the logarithm of a mean is at least the mean of the logarithms):
 #
-# $$\frac{1}{p_t}\,\mathrm{KL}\big(q(c_{t-1} \mid c_t, c_0) \,\|\, p(c_{t-1} \mid c_t)\big),$$
+# $$-\log p(x) = -\log \mathbb E_q \frac{p(x, c_0 \dots c_{T-1})}{q(c_0 \dots c_{T-1} \mid x)} \;\le\; \mathbb E_q
+# \log \frac{q(c_0 \dots c_{T-1} \mid x)}{p(x, c_0 \dots c_{T-1})} .$$
 #
-# and `ImportanceSampler` draws those $t$ more often whose terms are large.
+# Both paths can be written backwards, $q$ by Bayes as $q(c_{T-1} \mid x) \prod_t q(c_{t-1} \mid c_t, x)$ and $p$ as
+# $p(c_{T-1}) \prod_t p(c_{t-1} \mid c_t) \cdot p(x \mid c_0)$. Factor stands over factor, and the logarithm of the
+# product falls apart:
+#
+# $$-\log p(x) \le \underbrace{\mathrm{KL}\big(q(c_{T-1} \mid x) \,\|\, \tfrac1K\big)}_{\text{kl\_prior, a
+# constant}} + \sum_{t=1}^{T-1} \underbrace{\mathbb E\, \mathrm{KL}\big(q(c_{t-1} \mid c_t, x) \,\|\, p(c_{t-1}
+# \mid c_t)\big)}_{L_t} + \underbrace{\mathbb E\,[-\log p(x \mid c_0)]}_{L_0} .$$
+#
+# Every $L_t$ compares the true step back (section 3) with the network's step. The bound is tight where $p$ walks back
+# exactly as $q$ would, and only there. With 3 characters and 4 steps both sides can be computed exactly, for the
+# perfect network of section 4 under both rules:
+
+# %%
+frequency = torch.tensor([0.6, 0.3, 0.1])
+every = tiny.log_onehot(torch.arange(3)[:, None])  # (3, 3, 1): every c_t, or every clean x
+
+
+def bound_and_truth(rule):
+    """The bound on -ln p(x) and -ln p(x) itself, for every clean x: (3,) and (3,)."""
+    mass, bound = torch.full((3,), 1 / 3), tiny.kl_prior(every)
+    for t in range(3, -1, -1):
+        back = rule(normalise(frequency.log()[None, :, None] + tiny.q_pred(every, t)), every, t)  # ln p(. | every c_t)
+        mass = mass @ back.exp()[..., 0]
+        reached = tiny.q_pred(every, t).exp()[..., 0]  # row x: how likely each c_t is
+        for x in range(3):
+            terms = tiny.bound_term(every[[x] * 3], every, torch.full((3,), t), back)
+            bound[x] += reached[x] @ terms
+    return bound, -mass.log()
+
+
+for name, rule in (("mixture", tiny.posterior_mixture), ("plug-in", tiny.posterior)):
+    bound, truth = bound_and_truth(rule)
+    print(f"{name}: bound {bound.numpy().round(2)}, -ln p(x) {truth.numpy().round(2)}")
+    assert (bound > truth - 1e-5).all()
+print("wanted: ", (-frequency.log()).numpy().round(2))
+mixture, plug_in = bound_and_truth(tiny.posterior_mixture), bound_and_truth(tiny.posterior)
+assert (mixture[0] - mixture[1]).max() < 0.01 < (frequency * (plug_in[0] - plug_in[1])).sum()
+
+
+# %% [markdown]
+# The perfect network with the mixture rule pays exactly what each character costs, and its bound is tight. With the
+# plug-in rule the same network believes in too many rare characters, and its bound says more than it pays: a network
+# has to be *trained* through that rule to make up for it.
+#
+# **One $t$ at a time.** A thousand terms for each line are too many. Draw one $t$ with probability $p_t$ and take $L_t
+# / p_t$: its mean is $\sum_t p_t L_t / p_t$, the whole sum, whatever the $p_t$. Only its scatter depends on them:
+# $\mathbb E[(L_t / p_t)^2] = \sum_t \mathbb E[L_t^2] / p_t$. Under $\sum_t p_t = 1$ that is least for
+#
+# $$p_t \propto \sqrt{\mathbb E[L_t^2]}$$
+#
+# (set the derivative of $\mathbb E[L_t^2] / p_t + \mu p_t$ to zero). `ImportanceSampler` keeps a running mean of
+# $L_t^2$ for it.
 #
 # **Cross-entropy** of $p(c_0 \mid c_t)$ asks for the same optimum with every $t$ weighing alike. It is calmer, and it
 # is what this project trains with.
@@ -1001,8 +1081,27 @@ plt.semilogy(expected)
 plt.xlabel("t"), plt.ylabel("L_t in nats"), plt.title("where a blind network loses")
 plt.show()
 
+# %% [markdown]
+# What importance buys here: the scatter of the one-term estimate under uniform and under the best $p_t$, computed from
+# the table of all terms, and then seen in draws.
+
+# %%
+second = (weights * terms.view(1000, K) ** 2).sum(1)  # E[L_t^2]
+draw = torch.Generator().manual_seed(0)
+for name, p in (("uniform", torch.full((1000,), 1e-3)), ("importance", second.sqrt() / second.sqrt().sum())):
+    scatter = ((second / p).sum() - expected.sum() ** 2).sqrt()
+    drawn_t = torch.multinomial(p, 50_000, replacement=True, generator=draw)
+    drawn_c = torch.multinomial(weights[drawn_t], 1, generator=draw)[:, 0]
+    estimates = terms.view(1000, K)[drawn_t, drawn_c] / p[drawn_t]
+    print(f"{name:10s}: std {scatter:.2f} expected, {estimates.std():.2f} drawn; mean {estimates.mean():.2f}")
+    assert abs(estimates.mean() - expected.sum()) < 5 * scatter / 50_000**0.5
+
 
 # %% [markdown]
+# The mean is the bound under both. The scatter falls by a fifth, not more: most of it lies *within* a $t$, where a
+# rare $c_t$ costs much, and no choice of $t$ can take that away. (Under uniform draws fifty thousand samples have not
+# even seen the scatter right, for the rare terms near $t = 0$ weigh heavily.)
+#
 # ## 9. The training stage
 #
 # One rule above all: **in training the network must see what it will see at restoration time.** The reading it is
@@ -1250,7 +1349,8 @@ plt.show()
 # %% [markdown]
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/08_tdm.ipynb](../exercises/08_tdm.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+# The same tasks without solutions: [exercises/08_tdm.ipynb](../exercises/08_tdm.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
 import torch
@@ -1264,7 +1364,9 @@ diffusion = MultinomialDiffusion(num_classes=5, timesteps=100)
 # %% [markdown]
 # ### 1 · A coin and a die · ●○○ easy
 #
-# Write $q(c_t \mid c_0)$ for probabilities, without logarithms: with probability $\bar\alpha_t$ a character stays, otherwise a fair die with $K$ sides decides. Then say how many characters of a text are *wrong* at that level. (Fewer than $1 - \bar\alpha_t$. Why?)
+# Write $q(c_t \mid c_0)$ for probabilities, without logarithms: with probability $\bar\alpha_t$ a character stays,
+# otherwise a fair die with $K$ sides decides. Then say how many characters of a text are *wrong* at that level. (Fewer
+# than $1 - \bar\alpha_t$. Why?)
 #
 # <details><summary>Hint</summary>
 #
@@ -1305,11 +1407,13 @@ check({
 # %% [markdown]
 # ### 2 · Bayes, by hand · ●●○ medium
 #
-# The step back when the clean character is known: $q(c_s \mid c_t, c_0) \propto q(c_t \mid c_s)\, q(c_s \mid c_0)$ for any $s < t$. From $s$ to $t$ a character survives with probability $\bar\alpha_t / \bar\alpha_s$.
+# The step back when the clean character is known: $q(c_s \mid c_t, c_0) \propto q(c_t \mid c_s)\, q(c_s \mid c_0)$ for
+# any $s < t$. From $s$ to $t$ a character survives with probability $\bar\alpha_t / \bar\alpha_s$.
 #
 # <details><summary>Hint</summary>
 #
-# Two vectors over $c_s$, multiplied and normalised. Uniform noise is symmetric: $q(c_t \mid c_s)$ seen as a function of $c_s$ has the same form as a function of $c_t$.
+# Two vectors over $c_s$, multiplied and normalised. Uniform noise is symmetric: $q(c_t \mid c_s)$ seen as a function of
+# $c_s$ has the same form as a function of $c_t$.
 #
 # </details>
 
@@ -1345,7 +1449,10 @@ check({
 # %% [markdown]
 # ### 3 · The right rule for a guess · ●●● hard
 #
-# A network trained by cross-entropy gives $p(c_0 \mid c_t)$. Then $p(c_s \mid c_t) = \sum_{c_0} p(c_0 \mid c_t)\, q(c_s \mid c_t, c_0)$. Write this sum with `diffusion.posterior`, which is exact for a *known* $c_0$. Afterwards compare with `diffusion.posterior` called on the guess itself: how far apart are the two, and which of them is the released code's?
+# A network trained by cross-entropy gives $p(c_0 \mid c_t)$. Then $p(c_s \mid c_t) = \sum_{c_0} p(c_0 \mid c_t)\, q(c_s
+# \mid c_t, c_0)$. Write this sum with `diffusion.posterior`, which is exact for a *known* $c_0$. Afterwards compare
+# with `diffusion.posterior` called on the guess itself: how far apart are the two, and which of them is the released
+# code's?
 #
 # <details><summary>Hint</summary>
 #

@@ -17,7 +17,7 @@
 # learn nothing. Why a module that was trained with the correct text is misled at test time. What "frozen" has to
 # mean.
 #
-# **What you need.** Lessons 05 to 08. One minute and 1 GB on two CPU cores.
+# **What you need.** Lessons 05 to 08. 1 minute and 1 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/09_mom.ipynb)
@@ -59,6 +59,11 @@ if "google.colab" in sys.modules:
         importlib.invalidate_caches()
 if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("mom")
 
 # %%
 #| default_exp mom
@@ -167,7 +172,8 @@ assert known.probs.sum(-1).max() <= 1
 #
 # The TDM has learned to read its image tokens. If an untrained MoM replaces them, all of that is lost on the first
 # step. (The published MoM does replace them: `I_cond` is the whole image context of the released TDM, and it is
-# produced by a U-Net that starts at zero. Trained for long enough it recovers; we do not want to wait.) Here `I_cond` is a
+# produced by a U-Net that starts at zero. Trained for long enough it recovers; we do not want to wait.) Here `I_cond`
+# is a
 # **residual**: the tokens of the TDM's own stage plus something that is exactly zero at first. The text encoder
 # starts as a copy of the IDM's. So step 0 of the joint stage equals the earlier stages, bit for bit, and a test holds
 # us to it.
@@ -612,7 +618,8 @@ assert sum(after) > sum(before)
 # %% [markdown]
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/09_mom.ipynb](../exercises/09_mom.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+# The same tasks without solutions: [exercises/09_mom.ipynb](../exercises/09_mom.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
 import torch
@@ -626,7 +633,8 @@ from difftsr.recognizer import Reading
 # %% [markdown]
 # ### 1 · What is known at time t · ●○○ easy
 #
-# The noised character $c_t$ is the original one with probability $\bar\alpha_t$; for the rest there is what the reader said. Write the belief about one position as probabilities over all $K$ classes.
+# The noised character $c_t$ is the original one with probability $\bar\alpha_t$; for the rest there is what the reader
+# said. Write the belief about one position as probabilities over all $K$ classes.
 #
 # <details><summary>Hint</summary>
 #
@@ -663,7 +671,8 @@ check({
 # %% [markdown]
 # ### 2 · Frozen, really · ●●○ medium
 #
-# In the joint stage all networks but MoM are frozen. `requires_grad_(False)` alone lets something change in a network with batch norm. Write a `freeze` after which *nothing* changes.
+# In the joint stage all networks but MoM are frozen. `requires_grad_(False)` alone lets something change in a network
+# with batch norm. Write a `freeze` after which *nothing* changes.
 #
 # <details><summary>Hint</summary>
 #
@@ -716,11 +725,14 @@ check({
 # %% [markdown]
 # ### 3 · A start that never starts · ●●● hard
 #
-# A new branch should begin as exactly nothing, and then learn. A colleague set *all* layers of the branch to zero: the start is right, and nothing is ever learned. Compute by hand, with the chain rule, which gradients vanish. Then initialise it so that the output is zero and the loss still moves it.
+# A new branch should begin as exactly nothing, and then learn. A colleague set *all* layers of the branch to zero: the
+# start is right, and nothing is ever learned. Compute by hand, with the chain rule, which gradients vanish. Then
+# initialise it so that the output is zero and the loss still moves it.
 #
 # <details><summary>Hint</summary>
 #
-# The gradient of a layer's weight is (what comes in) × (what comes back through the layers after it). At most one of the two may be zero for at least one layer.
+# The gradient of a layer's weight is (what comes in) × (what comes back through the layers after it). At most one of
+# the two may be zero for at least one layer.
 #
 # </details>
 

@@ -9,11 +9,13 @@
 # %% [markdown]
 # # 10 · The whole model
 #
-# **What you will build.** One settings object for everything, three presets of it, the module `DiffTSR` that holds the five networks, and a folder on disk from which it comes back.
+# **What you will build.** One settings object for everything, three presets of it, the module `DiffTSR` that holds the
+# five networks, and a folder on disk from which it comes back.
 #
-# **What you will understand.** Which sizes must agree between networks, and where that is written down once; how large the published model is beside ours; why weights travel with their alphabet and their settings, and without pickles.
+# **What you will understand.** Which sizes must agree between networks, and where that is written down once; how large
+# the published model is beside ours; why weights travel with their alphabet and their settings, and without pickles.
 #
-# **What you need.** Lessons 01 and 04 to 09. Half a minute on two CPU cores, 1 GB of memory.
+# **What you need.** Lessons 01 and 04 to 09. 0.5 minutes and 1 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/10_model.ipynb)
@@ -55,6 +57,11 @@ if "google.colab" in sys.modules:
         importlib.invalidate_caches()
 if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("model")
 
 # %%
 #| default_exp model
@@ -107,7 +114,9 @@ import matplotlib.pyplot as plt
 # | $n$, characters of a line | 24 | 24 | 24 | all that read |
 # | $T$, noise levels | 1,000 | 1,000 | 1,000 | IDM, TDM, MoM |
 #
-# Every network has a dataclass of its own, defined in its lesson. `ModelConfig` puts five of them together and adds what they share. It is plain data: the command line of the training, a notebook, and the file on disk all hold the very same object.
+# Every network has a dataclass of its own, defined in its lesson. `ModelConfig` puts five of them together and adds
+# what they share. It is plain data: the command line of the training, a notebook, and the file on disk all hold the
+# very same object.
 
 # %%
 #| export
@@ -137,7 +146,9 @@ PRESETS = ("tiny", "classroom", "paper")
 
 
 # %% [markdown]
-# A preset is a function that fills it in. Sizes that several networks share are written once, as local names, and passed on. The widths are what two cores can train (classroom), what a test can run in milliseconds (tiny); `paper` repeats the published numbers.
+# A preset is a function that fills it in. Sizes that several networks share are written once, as local names, and
+# passed on. The widths are what two cores can train (classroom), what a test can run in milliseconds (tiny); `paper`
+# repeats the published numbers.
 
 # %%
 #| export
@@ -191,7 +202,9 @@ assert wider.idm.unet.model_channels == 64 and config.idm.unet.model_channels ==
 # %% [markdown]
 # ## 2. There and back through JSON
 #
-# `dataclasses.asdict` turns the settings into plain dictionaries, and JSON into text. The way back needs the types: which dataclass a dictionary was, and that a list was a tuple. The annotations of the dataclasses know both. A name that they do not know is an error, not a silent default: somebody's settings must never be half understood.
+# `dataclasses.asdict` turns the settings into plain dictionaries, and JSON into text. The way back needs the types:
+# which dataclass a dictionary was, and that a list was a tuple. The annotations of the dataclasses know both. A name
+# that they do not know is an error, not a silent default: somebody's settings must never be half understood.
 
 # %%
 #| export
@@ -226,7 +239,8 @@ except ValueError as error:
 # %% [markdown]
 # ## 3. Weights on disk
 #
-# The naive way is one line, `torch.save(model)`: a pickle. Whoever loads it runs code that the file brings along, and it stops working when a class is renamed. We write a folder instead:
+# The naive way is one line, `torch.save(model)`: a pickle. Whoever loads it runs code that the file brings along, and
+# it stops working when a class is renamed. We write a folder instead:
 #
 # | file | holds |
 # | --- | --- |
@@ -234,7 +248,10 @@ except ValueError as error:
 # | `vae.safetensors`, `recognizer.safetensors`, ... | named tensors and nothing else, one file per network |
 # | `glyphs.safetensors` | the 24 x 24 bitmaps of all characters, as bits; several networks use them, one file keeps them |
 #
-# > **A question users of the released code asked** (its issue 9): "size mismatch 7937 vs 23558". The table of characters was a text file beside the weights, opened without an encoding, and some systems read it as three times as many characters. Class numbers are meaningless without the table they index, so here the table travels inside the settings, in UTF-8.
+# > **A question users of the released code asked** (its issue 9): "size mismatch 7937 vs 23558". The table of
+# > characters was a text file beside the weights, opened without an encoding, and some systems read it as three times
+# > as many characters. Class numbers are meaningless without the table they index, so here the table travels inside the
+# > settings, in UTF-8.
 #
 # The helpers find, read and check such files. A damaged or foreign file leads to one sentence that names it.
 
@@ -451,7 +468,8 @@ class DiffTSR(nn.Module):
 
 
 # %% [markdown]
-# The tiny preset, all five networks, a batch of two random canvases: each call below is one that the sampler of the next lesson makes.
+# The tiny preset, all five networks, a batch of two random canvases: each call below is one that the sampler of the
+# next lesson makes.
 
 # %%
 torch.manual_seed(0)
@@ -476,11 +494,14 @@ assert logits.shape == (2, len(model.alphabet), 24) and z0.shape == z_lr.shape
 assert not residual.any()  # before its training MoM adds exactly nothing
 
 # %% [markdown]
-# > **The released code, row 3.** There $z_{LR}$ is scaled in four different ways over the stages, and the joint stage feeds the frozen IDM a condition 5.5 times too small. Here nobody multiplies: `model.vae.to_latent` is the only way to a latent, with a shift and scale that were measured once and are saved in `vae.safetensors`.
+# > **The released code, row 3.** There $z_{LR}$ is scaled in four different ways over the stages, and the joint stage
+# > feeds the frozen IDM a condition 5.5 times too small. Here nobody multiplies: `model.vae.to_latent` is the only way
+# > to a latent, with a shift and scale that were measured once and are saved in `vae.safetensors`.
 #
 # ## 5. How large?
 #
-# The paper preset has 1.2 billion parameters, 4.9 GB. To count them nobody has to hold them: on the device `meta` tensors have shapes and no storage.
+# The paper preset has 1.2 billion parameters, 4.9 GB. To count them nobody has to hold them: on the device `meta`
+# tensors have shapes and no storage.
 
 # %%
 with torch.device("meta"):
@@ -503,7 +524,9 @@ ax.legend(ncol=5, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 plt.show()
 
 # %% [markdown]
-# In the published model the image U-Net has 70 % of the parameters (`idm` counts its text encoder too, 4.3 M). In ours the characters weigh more: K vectors stay K vectors however narrow a U-Net is, which is why they are made from the glyphs and shared between input and output.
+# In the published model the image U-Net has 70 % of the parameters (`idm` counts its text encoder too, 4.3 M). In ours
+# the characters weigh more: K vectors stay K vectors however narrow a U-Net is, which is why they are made from the
+# glyphs and shared between input and output.
 #
 # ## 6. A round trip
 #
@@ -546,7 +569,8 @@ with tempfile.TemporaryDirectory() as scratch:
 # %% [markdown]
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/10_model.ipynb](../exercises/10_model.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+# The same tasks without solutions: [exercises/10_model.ipynb](../exercises/10_model.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
 import dataclasses
@@ -561,7 +585,8 @@ from difftsr.exercises import check, near
 # %% [markdown]
 # ### 1 · Megabytes · ●○○ easy
 #
-# How many megabytes ($10^6$ bytes) is a network on disk, if parameters are kept as float16 and buffers as they are? Predict first: 20 million parameters are …?
+# How many megabytes ($10^6$ bytes) is a network on disk, if parameters are kept as float16 and buffers as they are?
+# Predict first: 20 million parameters are …?
 #
 # <details><summary>Hint</summary>
 #
@@ -592,7 +617,9 @@ check({
 # %% [markdown]
 # ### 2 · There and back through JSON · ●●○ medium
 #
-# JSON knows no tuples: `(128, 512)` comes back as a list, and two settings that say the same are no longer equal. Rebuild a flat dataclass from what JSON made of it, with lists turned into tuples. A name that the class does not have must be a `ValueError` that shows it.
+# JSON knows no tuples: `(128, 512)` comes back as a list, and two settings that say the same are no longer equal.
+# Rebuild a flat dataclass from what JSON made of it, with lists turned into tuples. A name that the class does not have
+# must be a `ValueError` that shows it.
 #
 # <details><summary>Hint</summary>
 #
@@ -642,7 +669,8 @@ check({
 # %% [markdown]
 # ### 3 · Strict, with a reason · ●●● hard
 #
-# `load_state_dict(strict=False)` fills what it can and keeps silent about the rest. Find everything that does not fit between a network and a file: keys that are missing, keys that are unknown, keys of another shape.
+# `load_state_dict(strict=False)` fills what it can and keeps silent about the rest. Find everything that does not fit
+# between a network and a file: keys that are missing, keys that are unknown, keys of another shape.
 #
 # <details><summary>Hint</summary>
 #

@@ -9,11 +9,14 @@
 # %% [markdown]
 # # 11 · Sampling: two diffusions, step by step
 #
-# **What you will build.** The sampler: a list of times, one step of DDIM, one step of a faster solver, and the loop in which text and image diffusion take turns.
+# **What you will build.** The sampler: a list of times, one step of DDIM, one step of a faster solver, and the loop in
+# which text and image diffusion take turns.
 #
-# **What you will understand.** Why DDIM may skip 980 of 1,000 steps; which times to visit and why the last step must not add noise; what few steps cost, exactly; how a text of noise becomes a text; and where the released code does something else.
+# **What you will understand.** Why DDIM may skip 980 of 1,000 steps; which times to visit and why the last step must
+# not add noise; what few steps cost, exactly; how a text of noise becomes a text; and where the released code does
+# something else.
 #
-# **What you need.** Lessons 07 to 10. About half a minute on two CPU cores, 1.5 GB of memory.
+# **What you need.** Lessons 07 to 10. 0.5 minutes and 1.5 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/11_ddim.ipynb)
@@ -55,6 +58,11 @@ if "google.colab" in sys.modules:
         importlib.invalidate_caches()
 if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("sampling")
 
 # %%
 #| default_exp sampling
@@ -112,11 +120,29 @@ set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})  # noise as PNG would
 #
 # ## 1. One step that may be a leap
 #
-# Lesson 07 trained a network on the marginals alone: at level $t$ it met $z_t = \sqrt{\bar\alpha_t}\, z_0 + \sqrt{1 - \bar\alpha_t}\,\epsilon$. It never met a *pair* $(z_t, z_s)$. So we are free to choose how the two hang together, as long as every level keeps its marginal. Song, Meng and Ermon (2020) choose
+# Lesson 07 trained a network on the marginals alone: at level $t$ it met $z_t = \sqrt{\bar\alpha_t}\, z_0 + \sqrt{1 -
+# \bar\alpha_t}\,\epsilon$. It never met a *pair* $(z_t, z_s)$. So we are free to choose how the two hang together, as
+# long as every level keeps its marginal. Song, Meng and Ermon (2020) choose
 #
 # $$q_\sigma(z_s \mid z_t, z_0) = \mathcal N\!\left(\sqrt{\bar\alpha_s}\, z_0 + \sqrt{1 - \bar\alpha_s - \sigma^2}\; \frac{z_t - \sqrt{\bar\alpha_t}\, z_0}{\sqrt{1 - \bar\alpha_t}},\; \sigma^2\right).$$
 #
-# Part of the noise that is already in $z_t$ is kept, part is replaced by fresh noise of standard deviation $\sigma$. The process is not Markovian in the forward direction, since $z_s$ knows $z_0$, and nothing in the formula asks $s$ to be $t - 1$. Let us check on plain numbers that the marginal at $s$ is right for every $\sigma$.
+# Part of the noise that is already in $z_t$ is kept, part is replaced by fresh noise of standard deviation $\sigma$.
+#
+# **Where it comes from.** Let $z_s$ be some mixture of the two things it may know, and fresh noise: $z_s = a\, z_0 +
+# b\,
+# z_t + \sigma \epsilon'$. Put in the marginal of $z_t$:
+#
+# $$z_s = (a + b \sqrt{\bar\alpha_t})\, z_0 + \big(b \sqrt{1 - \bar\alpha_t}\; \epsilon + \sigma \epsilon'\big) .$$
+#
+# The marginal at $s$ wants $\sqrt{\bar\alpha_s}$ before $z_0$ and $1 - \bar\alpha_s$ as the variance of the bracket:
+#
+# $$a + b \sqrt{\bar\alpha_t} = \sqrt{\bar\alpha_s}, \qquad b^2 (1 - \bar\alpha_t) + \sigma^2 = 1 - \bar\alpha_s .$$
+#
+# Two equations for three unknowns. The second gives $b = \sqrt{1 - \bar\alpha_s - \sigma^2} / \sqrt{1 -
+# \bar\alpha_t}$, the first then gives $a$, and collecting $b$ gives the formula above; $\sigma$ stays free, between 0
+# and $\sqrt{1 - \bar\alpha_s}$. The process is not Markovian in the forward direction, since $z_s$ knows $z_0$, and
+# nothing here asks $s$ to be $t - 1$. Let us check on plain numbers that the marginal at $s$ is right for every
+# $\sigma$.
 
 # %%
 def naive_step(z0, z_t, a_t, a_s, sigma, generator):
@@ -136,11 +162,13 @@ print(f"wanted    : mean {math.sqrt(a_s) * 2:.2f}, std {math.sqrt(1 - a_s):.2f}"
 
 
 # %% [markdown]
-# A sampler does not know $z_0$ and $\epsilon$; it puts the network's estimates in their place. The usual way to name $\sigma$ is
+# A sampler does not know $z_0$ and $\epsilon$; it puts the network's estimates in their place. The usual way to name
+# $\sigma$ is
 #
 # $$\sigma = \eta \sqrt{\frac{1 - \bar\alpha_s}{1 - \bar\alpha_t}\left(1 - \frac{\bar\alpha_t}{\bar\alpha_s}\right)},$$
 #
-# where $\eta = 1$ gives the ancestral sampler of DDPM and $\eta = 0$ is deterministic: **DDIM**. At the end, $\bar\alpha_{-1} = 1$, both square roots vanish, and the step returns $\hat z_0$ itself.
+# where $\eta = 1$ gives the ancestral sampler of DDPM and $\eta = 0$ is deterministic: **DDIM**. At the end,
+# $\bar\alpha_{-1} = 1$, both square roots vanish, and the step returns $\hat z_0$ itself.
 
 # %%
 #| export
@@ -170,7 +198,34 @@ def ddim_step(
 
 
 # %% [markdown]
-# With the *true* noise in place of an estimate, a step lands exactly on the path from noise to signal, so any number of steps ends at the true $z_0$. First the times to visit.
+# Why does $\eta = 1$ carry the name of DDPM? There the forward process *is* a Markov chain, and Bayes leaves no choice:
+# $q(z_s \mid z_t, z_0) \propto q(z_t \mid z_s)\, q(z_s \mid z_0)$. With $\alpha = \bar\alpha_t / \bar\alpha_s$ both
+# factors are Gaussians in $z_s$, the first around $z_t / \sqrt\alpha$ with precision (one over variance) $\alpha / (1 -
+# \alpha)$, the second around $\sqrt{\bar\alpha_s} z_0$ with precision $1 / (1 - \bar\alpha_s)$. Precisions add, and
+# the mean is weighted by them:
+#
+# $$\frac1{\sigma^2} = \frac{\alpha}{1 - \alpha} + \frac{1}{1 - \bar\alpha_s} = \frac{1 - \bar\alpha_t}{(1 - \alpha)(1
+# - \bar\alpha_s)}, \qquad \text{mean} = \sigma^2 \left( \frac{\sqrt\alpha}{1 - \alpha}\, z_t +
+# \frac{\sqrt{\bar\alpha_s}}{1 - \bar\alpha_s}\, z_0 \right) .$$
+#
+# That $\sigma$ is the one above with $\eta = 1$. Is the mean the one of `ddim_step`, too?
+
+# %%
+alpha = a_t / a_s
+variance = 1 / (alpha / (1 - alpha) + 1 / (1 - a_s))
+by_bayes = variance * (math.sqrt(alpha) / (1 - alpha) * z_t + math.sqrt(a_s) / (1 - a_s) * z0)
+eps = (z_t - math.sqrt(a_t) * z0) / math.sqrt(1 - a_t)
+two_levels = torch.tensor([a_s, a_t])  # times 0 and 1
+mean, one_up = (
+    ddim_step(z0, eps, 1, s=0, alpha_bar=two_levels, eta=1.0, noise=torch.full_like(z0, n)) for n in (0.0, 1.0)
+)
+assert torch.allclose(mean, by_bayes, atol=1e-5) and abs((one_up - mean)[0] - math.sqrt(variance)) < 1e-5
+print(f"std of the step {(one_up - mean)[0]:.4f}, by Bayes {math.sqrt(variance):.4f}; the means agree")
+
+
+# %% [markdown]
+# With the *true* noise in place of an estimate, a step lands exactly on the path from noise to signal, so any number of
+# steps ends at the true $z_0$. First the times to visit.
 #
 # ## 2. Which times to visit
 #
@@ -227,9 +282,15 @@ ax.legend(fontsize=8, ncol=2)
 plt.show()
 
 # %% [markdown]
-# Leading spacing begins at $t = 801$. The sampler feeds pure noise, but the network expects a level at which a third of the signal should already be visible: it takes the noise for signal, and the mean of what it paints is off. And it ends at level 0 or 1 instead of at the clean image. Trailing spacing begins where pure noise belongs, at $T-1$, and ends at $\bar\alpha = 1$.
+# Leading spacing begins at $t = 801$. The sampler feeds pure noise, but the network expects a level at which a third of
+# the signal should already be visible: it takes the noise for signal, and the mean of what it paints is off. And it
+# ends at level 0 or 1 instead of at the clean image. Trailing spacing begins where pure noise belongs, at $T-1$, and
+# ends at $\bar\alpha = 1$.
 #
-# > **The released code, row 12.** It takes `range(0, 1000, 1000 // S) + 1`: $S = 7$ makes 8 steps, $S = 300$ makes an index error, and after the last step noise of level $\bar\alpha_0$ is left in the latent (standard deviation .039). Ours makes exactly $S$ steps for any $S$ in $1 \dots T$ and ends without noise. `reference_timesteps` keeps their list for those who sample from published weights.
+# > **The released code, row 12.** It takes `range(0, 1000, 1000 // S) + 1`: $S = 7$ makes 8 steps, $S = 300$ makes an
+# > index error, and after the last step noise of level $\bar\alpha_0$ is left in the latent (standard deviation .039).
+# > Ours makes exactly $S$ steps for any $S$ in $1 \dots T$ and ends without noise. `reference_timesteps` keeps their
+# > list for those who sample from published weights.
 #
 # Now the promise of section 1: true noise, any number of steps, exact recovery.
 
@@ -249,11 +310,13 @@ print("the true noise leads back to z0, whatever the number of steps")
 # %% [markdown]
 # ## 3. What few steps cost, exactly
 #
-# A network never knows the true noise. What is the price of large steps, if the network itself makes no mistake? For one family the perfect denoiser can be written down: if, given the condition, $z_0 \sim \mathcal N(m, v)$, then
+# A network never knows the true noise. What is the price of large steps, if the network itself makes no mistake? For
+# one family the perfect denoiser can be written down: if, given the condition, $z_0 \sim \mathcal N(m, v)$, then
 #
 # $$\mathbb E[z_0 \mid z_t] = m + \frac{\sqrt{\bar\alpha_t}\, v}{\bar\alpha_t v + 1 - \bar\alpha_t}\,(z_t - \sqrt{\bar\alpha_t}\, m).$$
 #
-# We give this oracle a conditional standard deviation of .3: the LR image tells most of $z_0$, but not all. A perfect sampler would return mean $m$ and standard deviation .3.
+# We give this oracle a conditional standard deviation of .3: the LR image tells most of $z_0$, but not all. A perfect
+# sampler would return mean $m$ and standard deviation .3.
 
 # %%
 def gaussian_oracle(z_t, t, alpha_bar, mean=1.0, std=0.3):
@@ -289,14 +352,18 @@ for S in (1, 4, 10, 20, 200):
 # Three things to take home.
 #
 # - **Trailing DDIM has no bias**, at any number of steps: even one step returns the conditional mean.
-# - **Few steps return too little variety.** With four steps about half of the standard deviation is there, with twenty nine tenths. For us the missing variety is not all loss: the samples are closer to the mean, which a pixel measure such as PSNR rewards, and a reader often too. What is lost is crispness. The published noise schedule spends more of its levels near the clean end and needs more steps for the same share.
+# - **Few steps return too little variety.** With four steps about half of the standard deviation is there, with twenty
+#   nine tenths. For us the missing variety is not all loss: the samples are closer to the mean, which a pixel measure
+#   such as PSNR rewards, and a reader often too. What is lost is crispness. The published noise schedule spends more of
+#   its levels near the clean end and needs more steps for the same share.
 # - **Leading spacing shifts the mean**: by 7 % at four steps, and by more the less the condition says (try `std=1.0`).
 #
 # $S = 1$ is worth a second look: it is a plain regression network. Lesson 16 makes use of that.
 #
 # ## 4. Fresh noise: $\eta$
 #
-# With $\eta > 0$ every step forgets part of its noise and draws new noise, which also forgets mistakes. The price is that small numbers of steps lose still more variety, and the result needs noise draws along the way.
+# With $\eta > 0$ every step forgets part of its noise and draws new noise, which also forgets mistakes. The price is
+# that small numbers of steps lose still more variety, and the result needs noise draws along the way.
 
 # %%
 fig, ax = plt.subplots(figsize=(6, 2.6), dpi=90)
@@ -310,15 +377,20 @@ plt.show()
 
 
 # %% [markdown]
-# Our default is $\eta = 0$: the noise at the start decides everything, and the same seed gives the same bytes. (The released code uses $\eta = 0.2$ and no seed.)
+# Our default is $\eta = 0$: the noise at the start decides everything, and the same seed gives the same bytes. (The
+# released code uses $\eta = 0.2$ and no seed.)
 #
 # ## 5. A solver of second order
 #
-# DDIM holds $\hat z_0$ fixed during a step. But from the step before we know in which direction $\hat z_0$ is moving, and can lead it on. In the variable $\lambda = \log(\sqrt{\bar\alpha} / \sqrt{1 - \bar\alpha})$, half the logarithm of the signal-to-noise ratio, this is DPM-Solver++(2M) (Lu et al. 2022): with $h = \lambda_s - \lambda_t$ and $r = (\lambda_t - \lambda_u) / h$ for the level $u$ before $t$,
+# DDIM holds $\hat z_0$ fixed during a step. But from the step before we know in which direction $\hat z_0$ is moving,
+# and can lead it on. In the variable $\lambda = \log(\sqrt{\bar\alpha} / \sqrt{1 - \bar\alpha})$, half the logarithm of
+# the signal-to-noise ratio, this is DPM-Solver++(2M) (Lu et al. 2022): with $h = \lambda_s - \lambda_t$ and $r =
+# (\lambda_t - \lambda_u) / h$ for the level $u$ before $t$,
 #
 # $$D = \hat z_0(t) + \tfrac{1}{2r}\big(\hat z_0(t) - \hat z_0(u)\big), \qquad z_s = \sqrt{\tfrac{1-\bar\alpha_s}{1-\bar\alpha_t}}\, z_t - \sqrt{\bar\alpha_s}\,(e^{-h} - 1)\, D.$$
 #
-# No additional call of the network is needed. At both ends $\lambda$ is infinite: out of pure noise and into the clean end the step falls back to first order, where $D = \hat z_0$ makes it exactly DDIM.
+# No additional call of the network is needed. At both ends $\lambda$ is infinite: out of pure noise and into the clean
+# end the step falls back to first order, where $D = \hat z_0$ makes it exactly DDIM.
 
 # %%
 #| export
@@ -364,11 +436,15 @@ for S in (5, 10, 20, 40):
 
 
 # %% [markdown]
-# Twice the steps, half the error: DDIM is of first order. The multistep solver's error falls to about a quarter. Whether that is worth having depends on the network: where $\hat z_0$ jumps about between steps, leading it on amplifies the jumps. Lesson 16 measures it.
+# Twice the steps, half the error: DDIM is of first order. The multistep solver's error falls to about a quarter.
+# Whether that is worth having depends on the network: where $\hat z_0$ jumps about between steps, leading it on
+# amplifies the jumps. Lesson 16 measures it.
 #
 # ## 6. Noise that belongs to its line
 #
-# `torch.randn(batch_shape, generator=g)` gives a line different noise when it stands elsewhere in the batch or in another batch. A teacher who restores one line, and a script that restores thousands, should get the same picture. So every line owns a generator.
+# `torch.randn(batch_shape, generator=g)` gives a line different noise when it stands elsewhere in the batch or in
+# another batch. A teacher who restores one line, and a script that restores thousands, should get the same picture. So
+# every line owns a generator.
 
 # %%
 #| export
@@ -405,11 +481,23 @@ drawn = LineNoise([0]).choose(torch.tensor(p).log().view(1, 3, 1).expand(1, 3, 3
 print("asked for", p, " drawn", [round(float(x), 2) for x in drawn.bincount() / len(drawn)])
 
 # %% [markdown]
-# > **The released code, row 13.** No seed, one image at a time, a GPU or nothing, the pixels truncated to 8 bits. Here: seeds, batches, any device, rounding; the next lesson restores the aspect ratio.
+# > **The released code, row 13.** No seed, one image at a time, a GPU or nothing, the pixels truncated to 8 bits. Here:
+# > seeds, batches, any device, rounding; the next lesson restores the aspect ratio.
 #
+# What truncating does: it takes away whatever stands behind the point, half a level on average, and always downwards.
+
+# %%
+exact = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 255  # grey levels before they become bytes
+for name, byte in (("truncated", exact.byte()), ("rounded", exact.round().byte())):
+    print(f"{name:9s}: mean error {(byte - exact).mean():5.2f} levels, largest {(byte - exact).abs().max():.2f}")
+
+# %% [markdown]
 # ## 7. The text takes part
 #
-# The text diffusion of lesson 08 walks from random characters to a text, along the same $t$. A step of any length uses the strided posterior $q(c_s \mid c_t, c_0)$ with $\alpha = \bar\alpha_t / \bar\alpha_s$, and a network's distribution over $c_0$ is mixed in the way that it was trained for (`Denoiser.posterior`). Here is a text on its way, with an oracle that knows the answer in place of the network: it begins as noise, yet any number of steps ends at the answer.
+# The text diffusion of lesson 08 walks from random characters to a text, along the same $t$. A step of any length uses
+# the strided posterior $q(c_s \mid c_t, c_0)$ with $\alpha = \bar\alpha_t / \bar\alpha_s$, and a network's distribution
+# over $c_0$ is mixed in the way that it was trained for (`Denoiser.posterior`). Here is a text on its way, with an
+# oracle that knows the answer in place of the network: it begins as noise, yet any number of steps ends at the answer.
 
 # %%
 alphabet = Alphabet.tiny()
@@ -474,7 +562,10 @@ class Sample:
 
 
 # %% [markdown]
-# A user may know what the line says. A known text has no centres; we borrow them from what the recogniser saw. Where its features are at hand, `locate` of lesson 05 does it better: the recogniser is made to write the known text, and we watch where it looks (on severely damaged lines nine of ten centres are then right to 21 pixels of 512, where even spreading needs 35).
+# A user may know what the line says. A known text has no centres; we borrow them from what the recogniser saw. Where
+# its features are at hand, `locate` of lesson 05 does it better: the recogniser is made to write the known text, and we
+# watch where it looks (on severely damaged lines nine of ten centres are then right to 21 pixels of 512, where even
+# spreading needs 35).
 
 # %%
 #| export
@@ -509,7 +600,8 @@ print([round(float(c), 2) for c in known.centers[0, :5]])
 
 
 # %% [markdown]
-# The loop itself should not care where its text comes from. Two small objects with the same method `step` hide the difference: `FixedText` always says the same, `JointText` runs points 1 to 3 above.
+# The loop itself should not care where its text comes from. Two small objects with the same method `step` hide the
+# difference: `FixedText` always says the same, `JointText` runs points 1 to 3 above.
 
 # %%
 #| export
@@ -554,7 +646,8 @@ class JointText:
 
 
 # %% [markdown]
-# And the loop, with everything in place. Read it from "noise =" on: a start, a guide for the text, and one line per thing that happens.
+# And the loop, with everything in place. Read it from "noise =" on: a start, a guide for the text, and one line per
+# thing that happens.
 
 # %%
 #| export
@@ -660,7 +753,35 @@ def sample(
 
 
 # %% [markdown]
-# > **The released code, rows 1 and 4.** Its sampler has `general=True` by default: the TDM is never called, and the text context never sees the image. Here that is the named fast path `mode="baseline"`. It also starts from $z_{LR}$ noised to $t = 999$, in wrong units, through which a little of the LR colours leaks. Ours starts from pure noise; `start="lr"` with a `strength` below 1 is the honest version of the other idea: skip the first steps, and begin from a noised $z_{LR}$ at the level that belongs to it.
+# > **The released code, rows 1 and 4.** Its sampler has `general=True` by default: the TDM is never called, and the
+# > text context never sees the image. Here that is the named fast path `mode="baseline"`. It also starts from $z_{LR}$
+# > noised to $t = 999$, in wrong units, through which a little of the LR colours leaks. Ours starts from pure noise;
+# > `start="lr"` with a `strength` below 1 is the honest version of the other idea: skip the first steps, and begin from
+# > a noised $z_{LR}$ at the level that belongs to it.
+#
+# How much leaks? The oracle of section 3 knows that the clean latent has mean 1. Let the degraded line have lost its
+# colour, $z_{LR} = 0.5$, in units where latents have variance one; unscaled, as the release noises it, it is $1 /
+# 0.18215$ times as large. Twenty steps on the published schedule, from pure noise and from both:
+
+# %%
+def ends_at(begin):
+    """Mean that the oracle's 20 steps reach from noise around `begin`, published schedule."""
+    z, times = torch.randn(100_000, generator=torch.Generator().manual_seed(0)) + begin, timesteps(20, T)
+    for t, s in zip(times, [*times[1:], -1]):
+        z = ddim_step(*gaussian_oracle(z, t, published, std=1.0), t, s=s, alpha_bar=published)
+    return float(z.mean())
+
+
+root = math.sqrt(level(published, T - 1))
+print(f"what a clean latent of 1 leaves at t = 999: {root:.4f}")
+for name, z_lr in (("pure noise", 0.0), ("right units", 0.5), ("unscaled", 0.5 / 0.18215)):
+    print(f"from {name:11s}: the sample's mean is {ends_at(root * z_lr):.3f}")
+
+# %% [markdown]
+# All three end within two hundredths of 1: with the published schedule a hundredth of the latent is all that is left at
+# $t = 999$. So for an exact denoiser the leak hardly matters; it is a habit without a use, and in wrong units it pulls
+# the colour beyond the truth, where pure noise stays a little short of it. (That pure noise does not end at 1 is the
+# schedule's fault, which does not reach zero: lesson 07.)
 #
 # ## 8. A real line, step by step
 
@@ -693,7 +814,8 @@ assert result.image.shape == lr.shape and float(result.image.abs().max()) <= 1
 
 
 # %% [markdown]
-# Left, the noisy latent $z_t$, decoded; right, the same moment's estimate $\hat z_0$. Above them the two texts: $c_t$, which is mostly noise for a long time, and the text that the TDM believes in, which conditions the image.
+# Left, the noisy latent $z_t$, decoded; right, the same moment's estimate $\hat z_0$. Above them the two texts: $c_t$,
+# which is mostly noise for a long time, and the text that the TDM believes in, which conditions the image.
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -737,7 +859,12 @@ assert torch.allclose(again.image[1], modes["full"][0], atol=1e-3)  # its neighb
 # %% [markdown]
 # ## 9. The published loop
 #
-# Whoever samples from the released weights must keep the released habits: the networks were fitted to them. They are in one function of their own, and `sample` calls it for a model whose settings say `reference` (lesson 15 loads such models). Its text comes first. The released networks number their classes otherwise: class $i$ is character $i$ of the table, and one last class means padding, unknown and space at once (row 10). Inside this package a text is what `Alphabet` says it is; two functions translate at the border (`to_released` of lesson 07, which trains with these classes too, and its inverse).
+# Whoever samples from the released weights must keep the released habits: the networks were fitted to them. They are in
+# one function of their own, and `sample` calls it for a model whose settings say `reference` (lesson 15 loads such
+# models). Its text comes first. The released networks number their classes otherwise: class $i$ is character $i$ of the
+# table, and one last class means padding, unknown and space at once (row 10). Inside this package a text is what
+# `Alphabet` says it is; two functions translate at the border (`to_released` of lesson 07, which trains with these
+# classes too, and its inverse).
 
 # %%
 #| export
@@ -777,7 +904,10 @@ def released_reading(model: DiffTSR, lr: Tensor) -> Reading:
 
 
 # %% [markdown]
-# And the loop: the image moves first, then the text; MoM's two outputs come from one call; the times are leading; the last step adds noise; the TDM, where it is called at all, is told the step's index; $z_{LR}$ is a posterior *sample*, unscaled. Where the text stands still, C_cond does not change, so it is computed once, and the U-Net keeps its keys and values; I_cond would reach nobody, and is not computed. That is all the freedom there is.
+# And the loop: the image moves first, then the text; MoM's two outputs come from one call; the times are leading; the
+# last step adds noise; the TDM, where it is called at all, is told the step's index; $z_{LR}$ is a posterior *sample*,
+# unscaled. Where the text stands still, C_cond does not change, so it is computed once, and the U-Net keeps its keys
+# and values; I_cond would reach nobody, and is not computed. That is all the freedom there is.
 
 # %%
 #| export
@@ -883,7 +1013,8 @@ for kind in ("full", "baseline"):
 # %% [markdown]
 # The TDM is asked about levels 1 and 0, while the image is at 501 and 1: at these levels it has next to nothing to do.
 #
-# > **Row 12 once more.** `reference_sample` with `steps=300` raises a `ValueError` that says so, where the released code fails on an index.
+# > **Row 12 once more.** `reference_sample` with `steps=300` raises a `ValueError` that says so, where the released
+# > code fails on an index.
 #
 # ## Summary
 #
@@ -896,7 +1027,8 @@ for kind in ("full", "baseline"):
 # %% [markdown]
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/11_ddim.ipynb](../exercises/11_ddim.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+# The same tasks without solutions: [exercises/11_ddim.ipynb](../exercises/11_ddim.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
 import math
@@ -913,7 +1045,8 @@ table = alpha_bar_table(ScheduleConfig())
 # %% [markdown]
 # ### 1 · Times that end at noise · ●○○ easy
 #
-# Write trailing spacing: exactly $S$ different times, the first of all $T - 1$, as evenly as whole numbers allow. Mind $S = 7$ and $S = 300$, where the published code gives eight times and an error.
+# Write trailing spacing: exactly $S$ different times, the first of all $T - 1$, as evenly as whole numbers allow. Mind
+# $S = 7$ and $S = 300$, where the published code gives eight times and an error.
 #
 # <details><summary>Hint</summary>
 #
@@ -944,11 +1077,14 @@ check({
 # %% [markdown]
 # ### 2 · A leap from two predictions · ●●○ medium
 #
-# DDIM takes the estimates of the clean latent and of the noise at time $t$ and mixes them anew at the level of $s$, without fresh noise ($\eta = 0$). Write that step from $z_t$ and $\hat\varepsilon$ alone: first the $\hat z_0$ that they imply, then $z_s$.
+# DDIM takes the estimates of the clean latent and of the noise at time $t$ and mixes them anew at the level of $s$,
+# without fresh noise ($\eta = 0$). Write that step from $z_t$ and $\hat\varepsilon$ alone: first the $\hat z_0$ that
+# they imply, then $z_s$.
 #
 # <details><summary>Hint</summary>
 #
-# $\hat z_0 = (z_t - \sqrt{1 - \bar\alpha_t}\,\hat\varepsilon) / \sqrt{\bar\alpha_t}$, then the forward equation at level $\bar\alpha_s$ with $\hat\varepsilon$ in place of the noise.
+# $\hat z_0 = (z_t - \sqrt{1 - \bar\alpha_t}\,\hat\varepsilon) / \sqrt{\bar\alpha_t}$, then the forward equation at
+# level $\bar\alpha_s$ with $\hat\varepsilon$ in place of the noise.
 #
 # </details>
 
@@ -981,11 +1117,15 @@ check({
 # %% [markdown]
 # ### 3 · How much variety survives · ●●○ medium
 #
-# Let the latents of all sharp lines that fit be Gaussian with mean 0 and standard deviation .3. The *exact* denoiser is then $\hat z_0 = z_t\, \alpha_t .3^2 / (\alpha_t^2 .3^2 + \sigma_t^2)$. Predict which share of .3 is left after 4 steps, and after 20. Then let a number of standard deviation 1 run through the loop; because every step is linear, one number tells all.
+# Let the latents of all sharp lines that fit be Gaussian with mean 0 and standard deviation .3. The *exact* denoiser is
+# then $\hat z_0 = z_t\, \alpha_t .3^2 / (\alpha_t^2 .3^2 + \sigma_t^2)$. Predict which share of .3 is left after 4
+# steps, and after 20. Then let a number of standard deviation 1 run through the loop; because every step is linear, one
+# number tells all.
 #
 # <details><summary>Hint</summary>
 #
-# For each time and the next (−1 after the last): $\hat z_0$ by the formula, $\hat\varepsilon$ from the forward equation, then `ddim_step(z_0, eps, t, s=s, alpha_bar=table)` from $z = 1$.
+# For each time and the next (−1 after the last): $\hat z_0$ by the formula, $\hat\varepsilon$ from the forward
+# equation, then `ddim_step(z_0, eps, t, s=s, alpha_bar=table)` from $z = 1$.
 #
 # </details>
 
@@ -1014,4 +1154,5 @@ check({
 # %% [markdown]
 # ## Where to go next
 #
-# Lesson 12 turns `sample` into something that takes any image file. Lesson 16 asks how few steps are enough, and measures it.
+# Lesson 12 turns `sample` into something that takes any image file. Lesson 16 asks how few steps are enough, and
+# measures it.

@@ -13,7 +13,7 @@
 #
 # **What you will understand.** Why a generative model may make a readable line unreadable; what can be checked without knowing the truth; how two readings of one line are aligned; and why the gate must be tested against restorers that lie.
 #
-# **What you need.** Lessons 05 and 11. About half a minute on two CPU cores, 1 GB of memory.
+# **What you need.** Lessons 05 and 11. 0.5 minutes and 1 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/11b_gate.ipynb)
@@ -55,6 +55,11 @@ if "google.colab" in sys.modules:
         importlib.invalidate_caches()
 if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("gate")
 
 # %%
 #| default_exp gate

@@ -9,11 +9,14 @@
 # %% [markdown]
 # # 11c · Few steps: one, two
 #
-# **What you will build.** A last stage of training after which the image diffusion needs one or two steps instead of twenty or two hundred: it is trained on what it will be asked to do, and judged where people look, in pixels.
+# **What you will build.** A last stage of training after which the image diffusion needs one or two steps instead of
+# twenty or two hundred: it is trained on what it will be asked to do, and judged where people look, in pixels.
 #
-# **What you will understand.** What one step of a diffusion model is, and is not; why a model that is trained at random times does badly when it takes few steps; why the second step must be trained on the model's own first step; and what speed costs.
+# **What you will understand.** What one step of a diffusion model is, and is not; why a model that is trained at random
+# times does badly when it takes few steps; why the second step must be trained on the model's own first step; and what
+# speed costs.
 #
-# **What you need.** Lessons 04, 07 and 11. About a minute on two CPU cores, 1.5 GB of memory.
+# **What you need.** Lessons 04, 07 and 11. 1 minute and 1.5 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/11c_few_steps.ipynb)
@@ -57,6 +60,11 @@ if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
 
 # %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("few_steps")
+
+# %%
 #| default_exp few_steps
 
 # %%
@@ -91,13 +99,19 @@ torch.set_num_threads(1)  # the same sums in the same order on every machine
 # %% [markdown]
 # ## 1. What one step is
 #
-# At the first time, $t = T - 1$, the input of the U-Net is pure noise: it says nothing about the line. Whatever the network answers there, it knows from the degraded line and from the text alone, and the answer that costs least under a squared error is the *mean* of all sharp lines that fit:
+# At the first time, $t = T - 1$, the input of the U-Net is pure noise: it says nothing about the line. Whatever the
+# network answers there, it knows from the degraded line and from the text alone, and the answer that costs least under
+# a squared error is the *mean* of all sharp lines that fit:
 #
 # $$ \hat z_0 = \mathbb E\,[\, z_0 \mid z_{LR}, c \,] . $$
 #
-# A mean of sharp lines is not sharp. Where a stroke might be here or there, it is half here and half there. Two hundred steps fix that by deciding, little by little; a twentieth of them decides almost as well; one step cannot decide at all. That is the theory, and lesson 11 computed how much variety few steps return.
+# A mean of sharp lines is not sharp. Where a stroke might be here or there, it is half here and half there. Two hundred
+# steps fix that by deciding, little by little; a twentieth of them decides almost as well; one step cannot decide at
+# all. That is the theory, and lesson 11 computed how much variety few steps return.
 #
-# But a squared error in the latent is only one way to ask. Decode the answer, and ask in pixels with L1 and LPIPS, and half a stroke here and half a stroke there costs more than one stroke in either place. Let us look at the smallest example there is: an edge that stands at 3 or at 5, nobody knows.
+# But a squared error in the latent is only one way to ask. Decode the answer, and ask in pixels with L1 and LPIPS, and
+# half a stroke here and half a stroke there costs more than one stroke in either place. Let us look at the smallest
+# example there is: an edge that stands at 3 or at 5, nobody knows.
 
 # %%
 places = torch.arange(8.0)
@@ -118,11 +132,15 @@ for name, guess in guesses.items():
     print(f"{name:12}{squared:9.3f}{absolute:10.3f}{edges:7.1f}")
 
 # %% [markdown]
-# The squared error wants the mean. The absolute error does not care. What looks at edges wants an edge, no matter which. With all three, the answer that wins is sharp, and not far from either truth.
+# The squared error wants the mean. The absolute error does not care. What looks at edges wants an edge, no matter
+# which. With all three, the answer that wins is sharp, and not far from either truth.
 #
 # ## 2. What the second step starts from
 #
-# In training, $z_t$ at the second time is a *sharp* latent with noise. In a restoration with two steps it is the model's own first answer with noise, and that answer is too smooth. A network that has only met the first kind trusts what it sees of strokes in $z_t$, which are not there. So the second step is trained on the first one of the same model:
+# In training, $z_t$ at the second time is a *sharp* latent with noise. In a restoration with two steps it is the
+# model's own first answer with noise, and that answer is too smooth. A network that has only met the first kind trusts
+# what it sees of strokes in $z_t$, which are not there. So the second step is trained on the first one of the same
+# model:
 #
 # $$ z_s = \alpha_s\, \hat z_0 + \sigma_s\, \hat\varepsilon, \qquad (\hat z_0, \hat\varepsilon) = \mathrm{IDM}(\varepsilon, z_{LR}, T - 1, c) , $$
 #
@@ -130,13 +148,21 @@ for name, guess in guesses.items():
 #
 # ## 3. Who shall be sharp?
 #
-# One more thought. The answer of one step is smooth because it is a mean *in the latent*, and to be sharp there is hard: one cell holds 8 x 8 pixels, and where in it an edge runs is spread over all its channels. The decoder sees pixels, has learned what strokes look like, and is asked only once. If it learns along, it can make a sharp line of a smooth latent. It must not forget sharp latents meanwhile: a quarter of each batch is a plain round trip. The encoder stays as it is, and so the latent space that the other networks live in. (StableSR, arXiv 2305.07015, tunes its decoder for the same reason.)
+# One more thought. The answer of one step is smooth because it is a mean *in the latent*, and to be sharp there is
+# hard: one cell holds 8 x 8 pixels, and where in it an edge runs is spread over all its channels. The decoder sees
+# pixels, has learned what strokes look like, and is asked only once. If it learns along, it can make a sharp line of a
+# smooth latent. It must not forget sharp latents meanwhile: a quarter of each batch is a plain round trip. The encoder
+# stays as it is, and so the latent space that the other networks live in. (StableSR, arXiv 2305.07015, tunes its
+# decoder for the same reason.)
 #
-# And the noise of the start? With one step it carries no information at all, only trouble: the network must learn to look past it. `temperature` scales it; at 0 the restoration starts from its mean, and does not depend on the seed.
+# And the noise of the start? With one step it carries no information at all, only trouble: the network must learn to
+# look past it. `temperature` scales it; at 0 the restoration starts from its mean, and does not depend on the seed.
 #
 # ## 4. Will it listen?
 #
-# The network is told what the line says. Does it help? The text says which strokes there are, but not where exactly they run: every typeface has them elsewhere. Take one character, move its drawing a little, and ask the losses whether they would rather have that or a page with nothing on it.
+# The network is told what the line says. Does it help? The text says which strokes there are, but not where exactly
+# they run: every typeface has them elsewhere. Take one character, move its drawing a little, and ask the losses whether
+# they would rather have that or a page with nothing on it.
 
 # %%
 tiny = Alphabet.tiny()
@@ -149,13 +175,21 @@ for shift in (0, 2, 4, 6, 8, 12):
 
 
 # %% [markdown]
-# Two thirds of a stroke's width beside its place, a drawn stroke costs *more* than none. So a network that is asked with L1 (or a squared error) learns to believe the photograph and not the text. LPIPS is more lenient, but not enough. Ours learned just that: after 873 steps with L1 and LPIPS it made of severely damaged lines the same with the true text as with none.
+# Two thirds of a stroke's width beside its place, a drawn stroke costs *more* than none. So a network that is asked
+# with L1 (or a squared error) learns to believe the photograph and not the text. LPIPS is more lenient, but not enough.
+# Ours learned just that: after 873 steps with L1 and LPIPS it made of severely damaged lines the same with the true
+# text as with none.
 #
-# A reader does not mind where exactly a stroke runs, as long as the character is that character. That is what the OCR loss of lesson 07 is for, and here, where the answer is sharp, is its place: `ocr_weight`. The table below is of the weights in this repository (NED by PP-OCRv4, which had no part in the training, on the 40 *severe* lines of `data/eval/dev`; gate off).
+# A reader does not mind where exactly a stroke runs, as long as the character is that character. That is what the OCR
+# loss of lesson 07 is for, and here, where the answer is sharp, is its place: `ocr_weight`. The table below is of the
+# weights in this repository (NED by PP-OCRv4, which had no part in the training, on the 40 *severe* lines of
+# `data/eval/dev`; gate off).
 #
 # OCR_TABLE
 #
-# The text has begun to count; and with it, *whether the text is right* has begun to count. Before, a misreading did no harm because nobody listened. Now it is drawn. So the gate of lesson 11b asks how certain the text is, and lesson 11d answers.
+# The text has begun to count; and with it, *whether the text is right* has begun to count. Before, a misreading did no
+# harm because nobody listened. Now it is drawn. So the gate of lesson 11b asks how certain the text is, and lesson 11d
+# answers.
 
 # %%
 #| export
@@ -272,7 +306,9 @@ class FewStepStage(IDMStage):
 # %% [markdown]
 # ## 5. Watch it learn
 #
-# A model of half a million parameters on lines of 32 x 128 pixels. First it learns as lesson 07 teaches: at random times, in the latent. Then a copy of it goes on in the same way (the control: perhaps it only needed more time), and another copy as above. Both get the same number of steps.
+# A model of half a million parameters on lines of 32 x 128 pixels. First it learns as lesson 07 teaches: at random
+# times, in the latent. Then a copy of it goes on in the same way (the control: perhaps it only needed more time), and
+# another copy as above. Both get the same number of steps.
 
 # %%
 class Folding(nn.Module):
@@ -330,7 +366,8 @@ fit(students["more of the same"], IDMStage(IDMTraining(**spoken), model), 50, 1e
 fit(students["few steps"], FewStepStage(FewStepTraining(**spoken, **in_pixels), model), 50, 1e-3, seed=1)
 
 # %% [markdown]
-# How good are they after one step, two, four and sixteen? PSNR says how near the pixels are, LPIPS how alike the pictures look (less is better). `arrive` ends at the last step's door; one more call goes through it.
+# How good are they after one step, two, four and sixteen? PSNR says how near the pixels are, LPIPS how alike the
+# pictures look (less is better). `arrive` ends at the last step's door; one more call goes through it.
 
 # %%
 lpips = LPIPS("alex").eval()
@@ -381,7 +418,8 @@ plt.show()
 
 
 # %% [markdown]
-# What did it cost? The student is tuned to one and two steps, and nobody asked it to stay a good denoiser at other times; here it still is one at sixteen. What it has given up is variety: another seed gives nearly the same picture.
+# What did it cost? The student is tuned to one and two steps, and nobody asked it to stay a good denoiser at other
+# times; here it still is one at sixteen. What it has given up is variety: another seed gives nearly the same picture.
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -405,13 +443,15 @@ for name in ("more of the same", "few steps"):
 #
 # - One step gives the mean of what fits; a loss in pixels that looks at edges makes it decide.
 # - Later steps are trained on what the model itself did before, not on what it should have done.
-# - Losses that compare pixels punish a stroke beside its place more than no stroke; a reading loss makes the network listen to the text.
+# - Losses that compare pixels punish a stroke beside its place more than no stroke; a reading loss makes the network
+#   listen to the text.
 # - Speed is paid for with variety. Whoever wants many different answers takes many steps of a model that was not tuned.
 
 # %% [markdown]
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/11c_few_steps.ipynb](../exercises/11c_few_steps.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+# The same tasks without solutions: [exercises/11c_few_steps.ipynb](../exercises/11c_few_steps.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
 import numpy as np
@@ -424,7 +464,9 @@ from difftsr.exercises import check, near
 # %% [markdown]
 # ### 1 · Undecided or decided · ●○○ easy
 #
-# In one step a network must give a single answer to a question with many right ones. A pixel is black (0) in three of ten sharp lines that fit, and white (1) in the others. Which single value has the least mean *squared* error, and which the least mean *absolute* error? Write both for any list of possible values.
+# In one step a network must give a single answer to a question with many right ones. A pixel is black (0) in three of
+# ten sharp lines that fit, and white (1) in the others. Which single value has the least mean *squared* error, and
+# which the least mean *absolute* error? Write both for any list of possible values.
 #
 # <details><summary>Hint</summary>
 #
@@ -459,11 +501,14 @@ check({
 # %% [markdown]
 # ### 2 · Where the second step starts · ●●○ medium
 #
-# A model says only 80 % of the clean latent: $\hat z_0 = .8\, z_0$, whatever the noise. In a restoration of two steps, where does it stand before the second one, if it starts from zero noise ($z_T = 0$, $\bar\alpha = 0$)? Compare with what `q_sample` would give for the same noise: that is the gap between training and use which the lesson closes.
+# A model says only 80 % of the clean latent: $\hat z_0 = .8\, z_0$, whatever the noise. In a restoration of two steps,
+# where does it stand before the second one, if it starts from zero noise ($z_T = 0$, $\bar\alpha = 0$)? Compare with
+# what `q_sample` would give for the same noise: that is the gap between training and use which the lesson closes.
 #
 # <details><summary>Hint</summary>
 #
-# `sampling.timesteps(2, T)` gives both times. The first step is `sampling.ddim_step` with $\hat z_0$ and the $\hat\varepsilon$ that the forward equation implies at $\bar\alpha_T = 0$.
+# `sampling.timesteps(2, T)` gives both times. The first step is `sampling.ddim_step` with $\hat z_0$ and the
+# $\hat\varepsilon$ that the forward equation implies at $\bar\alpha_T = 0$.
 #
 # </details>
 
@@ -497,7 +542,9 @@ check({
 # %% [markdown]
 # ### 3 · Learn from the last step alone · ●●● hard
 #
-# A student is trained on its own second step, but the way there is taken *without* gradient: it should become right from wherever it arrives, not learn to arrive somewhere convenient. Here the model is one number $w$, each step makes $w z$ of $z$. A colleague's gradient is $2 w z$. Derive the wanted one, and repair the code.
+# A student is trained on its own second step, but the way there is taken *without* gradient: it should become right
+# from wherever it arrives, not learn to arrive somewhere convenient. Here the model is one number $w$, each step makes
+# $w z$ of $z$. A colleague's gradient is $2 w z$. Derive the wanted one, and repair the code.
 #
 # <details><summary>Hint</summary>
 #
@@ -533,14 +580,19 @@ check({
 # ### Questions to think about
 #
 # - Set `lpips=0` in the training of this lesson. Which of the two numbers falls, which rises? Look at the picture.
-# - Train the second step on noised sharp latents (`q_sample`) instead of `arrive`. How much worse are two steps than one?
-# - Keep the student good at sixteen steps: mix half of its batches with the loss of lesson 07. What does it cost at one step?
+# - Train the second step on noised sharp latents (`q_sample`) instead of `arrive`. How much worse are two steps than
+#   one?
+# - Keep the student good at sixteen steps: mix half of its batches with the loss of lesson 07. What does it cost at one
+#   step?
 
 # %% [markdown]
 # ## Where to go next
 #
-# Lesson 12 restores any image file with it. `python -m difftsr.train --stage few-step` (lesson 13) is what made the weights of this project fast.
+# Lesson 12 restores any image file with it. `python -m difftsr.train --stage few-step` (lesson 13) is what made the
+# weights of this project fast.
 #
 # ## References
 #
-# Song et al., *Denoising Diffusion Implicit Models* (2021); Lin et al., *Common Diffusion Noise Schedules and Sample Steps are Flawed* (2024), for the first time of all; Ross et al., *A Reduction of Imitation Learning to No-Regret Online Learning* (2011), for why one trains on one's own steps.
+# Song et al., *Denoising Diffusion Implicit Models* (2021); Lin et al., *Common Diffusion Noise Schedules and Sample
+# Steps are Flawed* (2024), for the first time of all; Ross et al., *A Reduction of Imitation Learning to No-Regret
+# Online Learning* (2011), for why one trains on one's own steps.

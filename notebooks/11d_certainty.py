@@ -13,7 +13,7 @@
 #
 # **What you will understand.** Why a network's own probability is not that number; what calibration is; how to read a reliability diagram.
 #
-# **What you need.** Lessons 05, 08 and 11b. A few seconds on two CPU cores, half a gigabyte of memory.
+# **What you need.** Lessons 05, 08 and 11b. 0.5 minutes and 0.5 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/11d_certainty.ipynb)
@@ -55,6 +55,11 @@ if "google.colab" in sys.modules:
         importlib.invalidate_caches()
 if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("certainty")
 
 # %%
 #| default_exp certainty

@@ -13,7 +13,7 @@
 #
 # **What you will understand.** What image files really contain and how a program goes wrong on them; why the result must get its shape back; what "the same seed gives the same bytes" asks for; how a program says no.
 #
-# **What you need.** Lessons 10 and 11. About half a minute on two CPU cores, 1.5 GB of memory.
+# **What you need.** Lessons 10 and 11. 0.5 minutes and 1.5 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/12_restore.ipynb)
@@ -55,6 +55,11 @@ if "google.colab" in sys.modules:
         importlib.invalidate_caches()
 if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("restore")
 
 # %%
 #| default_exp restore

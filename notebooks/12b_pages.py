@@ -13,7 +13,7 @@
 #
 # **What you will understand.** Where a line may be cut; why pieces must overlap to join without a seam; how a slanted line is made straight and made slanted again.
 #
-# **What you need.** Lesson 12, and for pages the packages of `pip install "difftsr[pages]"`. About a minute on two CPU cores, 1.5 GB of memory.
+# **What you need.** Lesson 12, and for pages the packages of `pip install "difftsr[pages]"`. 1 minute and 1.5 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/12b_pages.ipynb)
@@ -55,6 +55,11 @@ if "google.colab" in sys.modules:
         importlib.invalidate_caches()
 if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("pages")
 
 # %%
 #| default_exp pages

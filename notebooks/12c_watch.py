@@ -13,7 +13,7 @@
 #
 # **What you will understand.** What each of the two diffusions knows at which moment, and what entropy says about it.
 #
-# **What you need.** Lesson 12. About half a minute on two CPU cores, 1.5 GB of memory.
+# **What you need.** Lesson 12. 0.5 minutes and 1.5 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/12c_watch.ipynb)
@@ -55,6 +55,11 @@ if "google.colab" in sys.modules:
         importlib.invalidate_caches()
 if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("watch")
 
 # %%
 #| default_exp watch

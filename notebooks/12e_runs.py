@@ -15,7 +15,7 @@
 # **What you will understand.** Why a checkpoint is written under another name first, what happens when the disk is
 # full, what belongs on the card of a run, and how to look at a run that is still going.
 #
-# **What it needs.** A few seconds and 500 MB of memory on two CPU cores. The loop that uses all this is in lesson 13.
+# **What it needs.** 0.5 minutes and 0.5 GB of memory on two CPU cores. The loop that uses all this is in lesson 13.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/12e_runs.ipynb)
@@ -57,6 +57,11 @@ if "google.colab" in sys.modules:
         importlib.invalidate_caches()
 if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("runs")
 
 # %%
 #| default_exp runs

@@ -15,7 +15,7 @@
 # **What you will understand.** What each line of a training loop is for, why the averaged weights are the ones to keep,
 # how one loop serves a GAN and a diffusion model alike, and in which order the five networks are trained.
 #
-# **What it needs.** Lesson 12e, where what a run writes is built. One minute and 1.5 GB of memory on two CPU cores.
+# **What it needs.** Lesson 12e, where what a run writes is built. 1 minute and 1.5 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/13_training.ipynb)
@@ -57,6 +57,11 @@ if "google.colab" in sys.modules:
         importlib.invalidate_caches()
 if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("train")
 
 # %%
 #| default_exp train

@@ -15,7 +15,7 @@
 # **What you will understand.** What each number sees and what it cannot see: for every one of them you will meet a pair
 # of pictures that fools it. And why a judge must never have been the teacher.
 #
-# **What it needs.** A minute and 1.5 GB of memory on two CPU cores.
+# **What it needs.** 1 minute and 1.5 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/14_measures.ipynb)
@@ -57,6 +57,11 @@ if "google.colab" in sys.modules:
         importlib.invalidate_caches()
 if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("measures")
 
 # %%
 #| default_exp measures

@@ -15,7 +15,7 @@
 # **What you will understand.** What "better" means when two means differ by a hair, why a set has a distance but a line
 # has none, and why rare characters are lost first.
 #
-# **What it needs.** Half a minute and 1 GB of memory on two CPU cores.
+# **What it needs.** 0.5 minutes and 1 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/14c_scores.ipynb)
@@ -57,6 +57,11 @@ if "google.colab" in sys.modules:
         importlib.invalidate_caches()
 if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("scores")
 
 # %%
 #| default_exp scores

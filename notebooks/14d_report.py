@@ -14,7 +14,7 @@
 # **What you will understand.** How a table, a plot and a picture answer different questions about the same run, and what
 # to look at first.
 #
-# **What it needs.** Half a minute and 1 GB of memory on two CPU cores.
+# **What it needs.** 0.5 minutes and 1 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/14d_report.ipynb)
@@ -56,6 +56,11 @@ if "google.colab" in sys.modules:
         importlib.invalidate_caches()
 if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("report")
 
 # %%
 #| default_exp report

@@ -14,7 +14,7 @@
 # **What you will understand.** Which switch of the committed weights earns its keep, why rows are compared line by line,
 # and how the true text tells how much a better reader could bring.
 #
-# **What it needs.** Half a minute and 1 GB of memory on two CPU cores.
+# **What it needs.** 0.5 minutes and 1 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/14e_ablations.ipynb)
@@ -56,6 +56,11 @@ if "google.colab" in sys.modules:
         importlib.invalidate_caches()
 if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("ablations")
 
 # %%
 #| default_exp ablations

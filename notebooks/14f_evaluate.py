@@ -15,7 +15,7 @@
 # **What you will understand.** How a run is put together so that it can be killed and taken up, what a fair demo shows,
 # and how good the committed weights are.
 #
-# **What it needs.** Half a minute and 1 GB of memory on two CPU cores.
+# **What it needs.** 0.5 minutes and 1 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/14f_evaluate.ipynb)
@@ -57,6 +57,11 @@ if "google.colab" in sys.modules:
         importlib.invalidate_caches()
 if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("evaluate")
 
 # %%
 #| default_exp evaluate

@@ -13,7 +13,7 @@
 #
 # **What you will understand.** Why a network *is* its arithmetic and its key names, and nothing else; what lies in a checkpoint, and why opening one can run a stranger's program; how an alphabet breaks a model; and what each habit of the released code does to a picture.
 #
-# **What you need.** Lessons 04 to 11. About a minute on two CPU cores, 1.5 GB of memory. The released files themselves are *not* needed: everything is shown on small files that we write ourselves. If you have them, the last section is for you.
+# **What you need.** Lessons 04 to 11. 1 minute and 1.5 GB of memory on two CPU cores. The released files themselves are *not* needed: everything is shown on small files that we write ourselves. If you have them, the last section is for you.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/15_released_weights.ipynb)
@@ -55,6 +55,11 @@ if "google.colab" in sys.modules:
         importlib.invalidate_caches()
 if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("official")
 
 # %%
 #| default_exp official

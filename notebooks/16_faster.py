@@ -13,7 +13,7 @@
 #
 # **What you will understand.** Why the number of network evaluations, not the solver, decides the time; what a solver of second order buys and when it buys nothing; why 8 bits help one network and not another; and how to tell a speed-up from a measuring error.
 #
-# **What you need.** Lessons 11, 11c and 12. Two minutes on two CPU cores, 2 GB of memory.
+# **What you need.** Lessons 11, 11c and 12. 2 minutes and 2 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/16_faster.ipynb)
@@ -55,6 +55,11 @@ if "google.colab" in sys.modules:
         importlib.invalidate_caches()
 if os.path.dirname(os.getcwd()) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.getcwd()))
+
+# %%
+from difftsr.overview import where_it_sits
+
+where_it_sits("faster")
 
 # %%
 #| default_exp faster

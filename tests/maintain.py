@@ -1,9 +1,10 @@
 """Keep lessons, texts and package in step.
 
-    python tests/maintain.py sync [NAME ...]       make each notebook and its text agree; fill badges and set-up cells
+    python tests/maintain.py sync [NAME ...]       make each notebook and its text agree; fill badge, set-up, needs
     python tests/maintain.py export [NAME ...]     write the modules of difftsr/ from the notebooks
     python tests/maintain.py exercises [NAME ...]  write exercises/ from the lessons: the tasks without their solutions
     python tests/maintain.py run [NAME ...]        sync, export, then execute each notebook in a fresh kernel
+    python tests/maintain.py needs [NAME ...]      sync, and fill the table of README.md: minutes and memory as measured
     python tests/maintain.py check [NAME ...]      say what is out of step, and exit with 1 if anything is
 
 NAME is a lesson such as 04_vae, or just its number. Without names every lesson is meant. Only what is named is
@@ -13,6 +14,8 @@ touched, and every file is written under a temporary name and moved, so several 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import re
 import subprocess
@@ -52,6 +55,9 @@ MAX_NOTEBOOK_BYTES = 1_000_000
 MAX_TRACKED_BYTES = 60_000_000
 CELL_SECONDS = 300
 KERNEL_SECONDS = 180  # a busy machine starts a kernel slowly
+BENCHMARK = ROOT / "data" / "benchmarks" / "lessons.json"  # written by tests/bench_lessons.py
+NEEDS = re.compile(r"[\d.]+\s+minutes?\s+and\s+[\d.]+\s+GB\s+of\s+memory\s+on\s+two\s+CPU\s+cores")
+TABLES = ("README.md", "README.zh.md")  # rows "| number | ... | minutes, memory |"
 ABSOLUTE_PATH = re.compile(r"(?<![\w.\-:/~])/(?:home|root|tmp|work|Users)(?=/)|\b[A-Z]:\\\w+\\")
 
 SETUP = """\
@@ -164,11 +170,47 @@ def fill(notebook: NotebookNode, name: str) -> None:
         places["setup"] = first_code
     if "badge" not in places:
         cells.insert(places["setup"], nbformat.v4.new_markdown_cell(metadata={"tags": ["badge"]}))
+    opening = opening_with_needs(notebook)
+    if opening is not None and (needed := minutes_and_memory(name)):
+        opening.source = NEEDS.sub("{} and {} of memory on two CPU cores".format(*needed), opening.source)
     for cell in cells:
         if "badge" in tags(cell):
             cell.source = badge
         elif "setup" in tags(cell):
             cell.source = setup
+
+
+# ---------------------------------------------------------------- what a lesson needs, written from the benchmark
+
+
+def minutes_and_memory(name: str) -> tuple[str, str] | None:
+    """("1.5 minutes", "0.9 GB") of a lesson, rounded up to half a minute and a tenth of a GB; None if not measured."""
+    measured = json.loads(BENCHMARK.read_text(encoding="utf-8"))["lessons"] if BENCHMARK.exists() else {}
+    if name not in measured:
+        return None
+    minutes = math.ceil(measured[name]["seconds"] / 30) / 2
+    gigabytes = math.ceil(measured[name]["peak_mb"] / 100) / 10
+    return f"{minutes:g} minute{'s' if minutes != 1 else ''}", f"{gigabytes:g} GB"
+
+
+def opening_with_needs(notebook: NotebookNode) -> NotebookNode | None:
+    """The first markdown cell that says what the lesson needs."""
+    return next((cell for cell in notebook.cells if cell.cell_type == "markdown" and NEEDS.search(cell.source)), None)
+
+
+def filled_table(text: str, names: list[str]) -> str:
+    """A README with the last cell of each named lesson's row as measured."""
+    for name in names:
+        if needed := minutes_and_memory(name):
+            row = re.compile(rf"^(\| {name.split('_')[0]} \|.*\|) [\d.]+ minutes?, [\d.]+ GB \|$", re.MULTILINE)
+            text = row.sub(rf"\1 {', '.join(needed)} |", text)
+    return text
+
+
+def fill_tables(names: list[str]) -> None:
+    for path in (ROOT / table for table in TABLES):
+        if path.exists() and write(path, filled_table(path.read_text(encoding="utf-8"), names)):
+            print(f"{path.name}: minutes and memory as measured")
 
 
 # ---------------------------------------------------------------- sync, export, run
@@ -255,16 +297,11 @@ def export(name: str) -> None:
             print(f"{name}: wrote difftsr/{module}")
 
 
-def run(name: str) -> bool:
-    """Execute a lesson in a fresh kernel and store what it showed. False, and nothing stored, when a cell fails."""
+def client_for(notebook: NotebookNode):
+    """What executes a lesson in a fresh kernel, from the folder of the lessons."""
     from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-    notebook = sync(name)
-    export(name)
-    text_path, notebook_path = LESSONS / f"{name}.py", LESSONS / f"{name}.ipynb"
-    moment = text_path.stat().st_mtime_ns
-    client = NotebookClient(
+    return NotebookClient(
         notebook,
         timeout=CELL_SECONDS,
         startup_timeout=KERNEL_SECONDS,
@@ -275,10 +312,20 @@ def run(name: str) -> bool:
         store_widget_state=False,
         coalesce_streams=True,
     )
+
+
+def run(name: str) -> bool:
+    """Execute a lesson in a fresh kernel and store what it showed. False, and nothing stored, when a cell fails."""
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+    notebook = sync(name)
+    export(name)
+    text_path, notebook_path = LESSONS / f"{name}.py", LESSONS / f"{name}.ipynb"
+    moment = text_path.stat().st_mtime_ns
     print(f"{name}: running {sum(cell.cell_type == 'code' for cell in notebook.cells)} cells", flush=True)
     start = time.perf_counter()
     try:
-        client.execute()
+        client_for(notebook).execute()
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         print(f"{error}\n{name}: FAILED after {time.perf_counter() - start:.0f} s, nothing stored", flush=True)
         return False
@@ -472,11 +519,27 @@ def check_size(names: list[str]) -> Iterator[str]:
         yield f"tracked files: {total / 1e6:.1f} MB together, under 60 MB is allowed; the largest: {listed}"
 
 
+def check_needs(names: list[str]) -> Iterator[str]:
+    for name in names:
+        path, needed = LESSONS / f"{name}.ipynb", minutes_and_memory(name)
+        if needed is None or not path.exists():
+            continue
+        opening = opening_with_needs(read_notebook(path))
+        said = " ".join(NEEDS.search(opening.source)[0].split()) if opening is not None else "nothing"
+        if said != "{} and {} of memory on two CPU cores".format(*needed):
+            yield f"notebooks/{name}.ipynb: needs {said}, it says; measured: {', '.join(needed)} (maintain.py needs)"
+    for table in TABLES:
+        text = (ROOT / table).read_text(encoding="utf-8") if (ROOT / table).exists() else ""
+        if filled_table(text, names) != text:
+            yield f"{table}: minutes and memory are not those measured (maintain.py needs)"
+
+
 CHECKS: list[Callable[[list[str]], Iterator[str]]] = [
     check_pairs,
     check_notebooks,
     check_export,
     check_exercises,
+    check_needs,
     check_lint,
     check_size,
 ]
@@ -493,7 +556,7 @@ def check(names: list[str]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=["sync", "export", "exercises", "run", "check"])
+    parser.add_argument("task", choices=["sync", "export", "exercises", "run", "needs", "check"])
     parser.add_argument("names", nargs="*", metavar="NAME")
     arguments = parser.parse_args()
     names = lessons(arguments.names)
@@ -505,7 +568,9 @@ def main() -> int:
             print("failed: " + " ".join(failed))
         return 1 if failed else 0
     for name in names:
-        {"sync": sync, "export": export, "exercises": write_exercises}[arguments.task](name)
+        {"sync": sync, "export": export, "exercises": write_exercises, "needs": sync}[arguments.task](name)
+    if arguments.task == "needs":
+        fill_tables(names)
     return 0
 
 

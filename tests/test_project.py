@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -362,6 +363,12 @@ def plant_moved_repository(project: Path) -> None:
     edit(project / "pyproject.toml", PROJECT["project"]["urls"]["Repository"], "https://example.org/lines/difftsr")
 
 
+def plant_measured_needs(project: Path) -> None:
+    (project / "data" / "benchmarks").mkdir(parents=True)
+    measured = {"01_shapes": {"seconds": 31.0, "peak_mb": 501}}
+    (project / "data/benchmarks/lessons.json").write_text(json.dumps({"lessons": measured}), encoding="utf-8")
+
+
 def plant_large_files(project: Path) -> None:
     git_init(project)
     with open(project / "weights.bin", "wb") as file:
@@ -386,6 +393,7 @@ FAULTS = {
     plant_stored_error: r"01_shapes\.ipynb: cell \d+ stores an error",
     plant_large_notebook: r"01_shapes\.ipynb: 1\.0\d MB",
     plant_moved_repository: r"01_shapes\.ipynb: the badge or the set-up cell is not the current one",
+    plant_measured_needs: r"01_shapes\.ipynb: needs nothing, it says; measured: 1 minute, 0\.6 GB",
     plant_large_files: r"tracked files: 60\.\d MB together.*weights\.bin",
 }
 
@@ -395,6 +403,18 @@ def test_check_passes_a_project_in_step(project: Path, capsys: pytest.CaptureFix
     maintain = load_maintain(project)
     assert maintain.check(maintain.lessons()) == 0, capsys.readouterr().out
     assert "all in step" in capsys.readouterr().out
+
+
+def test_needs_are_written_from_the_benchmark(project: Path) -> None:
+    plant_measured_needs(project)
+    text = project / "notebooks/01_shapes.py"
+    said = "# > It needs 2 minutes and 3 GB of memory on two CPU cores.\n#\n# > Areas"
+    text.write_text(text.read_text(encoding="utf-8").replace("# > Areas", said), encoding="utf-8")
+    (project / "README.md").write_text("| 01 | shapes | 9 minutes, 9 GB |\n| 02 | solids | ? |\n", encoding="utf-8")
+    subprocess.run([sys.executable, "tests/maintain.py", "needs"], cwd=project, check=True)
+    assert "needs 1 minute and 0.6 GB of memory on two CPU cores." in text.read_text(encoding="utf-8")
+    assert (project / "README.md").read_text() == "| 01 | shapes | 1 minute, 0.6 GB |\n| 02 | solids | ? |\n"
+    assert not list(load_maintain(project).check_needs(["01_shapes", "02_solids"]))
 
 
 @pytest.mark.parametrize("plant", FAULTS, ids=lambda plant: plant.__name__.removeprefix("plant_"))
