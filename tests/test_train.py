@@ -54,16 +54,33 @@ def test_all_skips_what_is_done(trained):
     assert train(TrainConfig("all", output=trained, steps=2, **TINY)) == {}
 
 
-@pytest.mark.parametrize("stage, overrides", [("recognizer", {}), ("idm", {}), ("tdm", {"loss": "bound"})])
-def test_a_cut_run_resumes_bit_for_bit(trained, tmp_path, stage, overrides):
-    whole = TrainConfig(stage, output=tmp_path / "whole", init=str(trained / "weights"), steps=6, **TINY)
-    whole = replace(whole, overrides=overrides)
+@pytest.mark.parametrize("stage", ["recognizer", "idm"])
+def test_a_cut_run_resumes_bit_for_bit(trained, tmp_path, stage):
+    cut_and_resumed(TrainConfig(stage, init=str(trained / "weights"), steps=6, **TINY), stage, tmp_path)
+
+
+def test_a_cut_run_goes_on_with_what_the_bound_has_learned(trained, tmp_path, monkeypatch):
+    """On three noise levels importance sampling begins before the cut: what it has seen must travel too."""
+    config = preset("tiny")
+    config = replace(config, tdm=replace(config.tdm, timesteps=3))
+    monkeypatch.setattr("difftsr.train.preset", lambda name: config)
+    monkeypatch.setattr(Trainer, "look", lambda self: None)  # a sheet walks both diffusions through the same 1,000
+    common = TINY | {"batch_size": 16, "init": str(trained / "weights"), "overrides": {"loss": "bound"}}
+    at_the_cut, at_the_end = cut_and_resumed(TrainConfig("tdm", steps=6, **common), "tdm", tmp_path)
+    seen, count = (state["auxiliary"]["importance"]["count"] for state in (at_the_cut, at_the_end))
+    assert (seen > 10).all() and seen.sum() == 4 * 16 and count.sum() == 6 * 16
+
+
+def cut_and_resumed(config, stage, folder):
+    """The checkpoints at the cut, after four of six steps, and at the end, which is that of a run left alone."""
+    whole = replace(config, output=folder / "whole")
     train_stage(whole, stage)
-    cut = replace(whole, output=tmp_path / "cut")
+    cut = replace(config, output=folder / "cut")
     train_stage(cut, stage)
     for file in checkpoints(cut.output / "checkpoints" / stage)[1:]:
         file.unlink()
-    assert newest(cut.output, stage)["step"] == 4
+    before = newest(cut.output, stage)
+    assert before["step"] == 4
     train_stage(replace(cut, resume=True), stage)
     a, b = newest(whole.output, stage), newest(cut.output, stage)
     assert a["step"] == b["step"] == 6
@@ -71,8 +88,7 @@ def test_a_cut_run_resumes_bit_for_bit(trained, tmp_path, stage, overrides):
         for network, tensors in a[kind].items():
             for name, tensor in tensors.items():
                 assert torch.equal(tensor, b[kind][network][name]), name
-    if overrides:
-        assert a["auxiliary"]["importance"]["count"].sum() == 6 * 4  # what the bound has learned travels too
+    return before, b
 
 
 def test_a_damaged_checkpoint_is_passed_over(trained, tmp_path):
