@@ -61,13 +61,13 @@ where_it_sits("dataset")
 # **What you will build**
 #
 # - the *record* that every stage of training is fed with, and a common base for all sources of records;
-# - four sources: synthetic lines, a pool of lines on disk, an LMDB laid out like the CTR data set, a folder of real pairs;
+# - five sources: synthetic lines, a pool of lines on disk, an LMDB laid out like the CTR data set, a folder of real pairs, shards for sets larger than a disk;
 # - `make_loader`: endless batches that can be resumed at any number and shared by many processes.
 #
 # **What you will understand at the end**
 #
 # - why "item *i* is a pure function of (seed, *i*)" is worth a little trouble;
-# - the cleaning rules of the method's authors, and what happens to a record that breaks them;
+# - the rules of the method's authors, and what happens to a record that breaks them;
 # - when it pays to render ahead.
 #
 # **What it needs**: 0.5 minutes and 0.7 GB of memory on two CPU cores; no GPU, no download.
@@ -77,24 +77,20 @@ where_it_sits("dataset")
 
 # %%
 #| export
-import hashlib
 import io
 import itertools
 import json
 import multiprocessing
 import os
 import shutil
-import sys
 import tarfile
 import urllib.request
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import cv2
 import numpy as np
@@ -106,18 +102,13 @@ from tqdm.auto import tqdm
 from difftsr.degradation import DegradationConfig, degrade, to_canvas
 from difftsr.text_lines import (
     MAX_LENGTH,
-    VARIED,
     Alphabet,
     Font,
     LineRenderer,
     Looks,
     PhraseSampler,
-    contact_sheet,
-    data_folder,
     find_fonts,
     read_table,
-    write_atomically,
-    write_json,
 )
 
 # %%
@@ -127,7 +118,7 @@ import lmdb
 import matplotlib.pyplot as plt
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-from difftsr.text_lines import is_reserved, package_font_folders
+from difftsr.text_lines import contact_sheet, package_font_folders
 
 set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
 
@@ -399,7 +390,7 @@ class _PoolWriter:
         return described
 
 
-_task = None  # what the processes of `_in_processes` run: set once in each, instead of travelling with every chunk
+_task = None  # what the processes of `in_processes` run: set once in each, instead of travelling with every chunk
 
 
 def _set_task(task) -> None:
@@ -424,7 +415,7 @@ def _run_task(chunk):
     return _task(chunk)
 
 
-def _in_processes(task, chunks: Sequence, workers: int) -> Iterator:
+def in_processes(task, chunks: Sequence, workers: int) -> Iterator:
     """`map(task, chunks)` in order, in several processes where `workers` is over 1."""
     if workers <= 1:
         yield from map(task, chunks)
@@ -512,7 +503,7 @@ class LinePool(Dataset):
             chunks = [range(start, min(start + 32, count)) for start in range(0, count, 32)]
             rows: list[dict] = []
             with tqdm(total=count, unit="line", desc=path.name, disable=not progress) as bar:
-                for described in _in_processes(_PoolWriter(source, unfinished, degradations), chunks, workers):
+                for described in in_processes(_PoolWriter(source, unfinished, degradations), chunks, workers):
                     rows += described
                     bar.update(len(described))
             described = {name: [row[name] for row in rows] for name in ("texts", "origins", "centers")}
@@ -548,6 +539,12 @@ def decode_image(data: bytes) -> np.ndarray:
         return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
     except Exception as error:  # Pillow raises many kinds of errors on damaged files
         raise ValueError("its picture cannot be read") from error
+
+
+def write_picture(path: Path, image: np.ndarray) -> None:
+    """Writes a uint8 RGB picture without loss, as PNG or WebP by the ending of its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path, lossless=True, quality=75, method=4)
 
 
 def check_line(image: np.ndarray, text: str) -> None:
@@ -894,241 +891,14 @@ def _shuffled(items: Iterable, buffer: int, rng: np.random.Generator) -> Iterato
 
 
 # %% [markdown]
-# ## 5. Cleaning
+# ### Some records of a set
 #
-# The authors' rules are four: at most 24 characters, one horizontal line, $1 \le W/H \le 8$, both sides aligned. Real sets need more: pictures too small or too blurred to be a *target*, labels that the alphabet cannot write, the same record twice. Two of these have to be measured.
-#
-# **Sharpness.** Blur removes what changes fast. With the line at height 64, gray $g$, and $\Delta$ the Laplacian, $s = \mathrm{std}(\Delta g) / \mathrm{std}(g)$ is free of contrast: near 1 for print, a tenth of that under a wide blur.
-#
-# **Alignment.** A shift in space is a phase in frequency, so the inverse transform of the normalised cross spectrum, $\mathcal{F}^{-1}\!\left[ \hat a\, \overline{\hat b} / |\hat a\, \overline{\hat b}| \right]$, has its peak where the shift is. We look through several windows along the line. If one scale and one shift explain the pair, the shifts found lie on a straight line: its value in the middle is the *shift*, its slope the difference in *scale*, and what it leaves over, the *residual*, is a bend that nothing in training can undo.
+# Lesson 03b checks a set and writes an *index*, a table of the records that are worth training on. A source with an index before it is a source again:
 
 # %%
 #| export
-def as_gray(image: np.ndarray, height: int) -> np.ndarray:
-    """A uint8 RGB line at another height, gray, float32 (height, w)."""
-    width = max(1, round(image.shape[1] * height / image.shape[0]))
-    mode = cv2.INTER_AREA if height < image.shape[0] else cv2.INTER_CUBIC
-    return cv2.cvtColor(cv2.resize(image, (width, height), interpolation=mode), cv2.COLOR_RGB2GRAY).astype(np.float32)
-
-
-def sharpness(image: np.ndarray) -> float:
-    """Standard deviation of the Laplacian over that of the gray values, at height 64; 0 for an empty line."""
-    gray = as_gray(image, 64)
-    spread = float(gray.std())
-    return float(cv2.Laplacian(gray, cv2.CV_32F).std()) / spread if spread > 1 else 0.0
-
-
-def text_rows(image: np.ndarray) -> int:
-    """How many lines of text lie one above the other: bands of ink over a quarter of the height, with a gap between."""
-    gray = as_gray(image, 64)
-    ink = np.abs(gray - np.median(np.concatenate([gray[:2], gray[-2:]]))) > max(24.0, gray.std())
-    filled = np.concatenate([[0], ink.mean(1) > 0.02, [0]]).astype(np.int8)
-    edges = np.flatnonzero(np.diff(filled))
-    return sum(end - start >= 16 for start, end in edges.reshape(-1, 2))
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """How an LR line lies on its HR line; lengths are shares of the height."""
-
-    shift: tuple[float, float]  # right, down
-    scale: float  # relative difference of the widths
-    residual: float  # root mean square of what shift and scale leave over
-    correlation: float  # of the two pictures after the shift, at most 1
-
-
-def align(hr: np.ndarray, lr: np.ndarray, height: int = 64) -> Alignment:
-    """Measure the alignment of a pair by phase correlation in windows along the line. uint8 RGB pictures.
-
-    Where that leaves the two sides unlike each other, the LR side is tried at other widths, up to 12 % off.
-    """
-    sharp = as_gray(hr, height)
-    soft = cv2.resize(as_gray(lr, height), sharp.shape[1::-1], interpolation=cv2.INTER_CUBIC)
-    sharp = cv2.GaussianBlur(sharp, (0, 0), 1.5)  # what the other side cannot show, says nothing about its place
-    soft = cv2.GaussianBlur(soft, (0, 0), 1.5)
-    best = _align_at(sharp, soft, 0.0)
-    if best.correlation < 0.95:
-        others = [_align_at(sharp, soft, 0.02 * step) for step in range(-6, 7) if step]
-        best = max([best, *others], key=lambda found: found.correlation)
-    return best
-
-
-def _align_at(sharp: np.ndarray, soft: np.ndarray, scale: float) -> Alignment:
-    """`align` with the soft side taken to be (1 + scale) times too wide."""
-    height, width = sharp.shape
-    narrow = np.float32([[1 / (1 + scale), 0, width / 2 * (1 - 1 / (1 + scale))], [0, 1, 0]])
-    soft = cv2.warpAffine(soft, narrow, (width, height), borderMode=cv2.BORDER_REPLICATE) if scale else soft
-    window = min(width, 2 * height)
-    places = np.unique(np.linspace(0, width - window, max(1, round(2 * width / window) - 1)).astype(int))
-    taper = cv2.createHanningWindow((window, height), cv2.CV_32F)
-    windows = [[side[:, x : x + window] for side in (sharp, soft)] for x in places]
-    # Without their means: under the taper a mean is a hill that stands still and pulls every shift to zero.
-    found = [cv2.phaseCorrelate(a - a.mean(), b - b.mean(), taper) for a, b in windows]
-    shifts = np.array([shift for shift, _ in found])
-    weights = np.maximum(1e-3, [response for _, response in found])
-    at = (places + window / 2 - width / 2) / height
-    design = np.stack([np.ones_like(at), at], axis=1) if len(at) > 2 else np.ones((len(at), 1))
-    root = np.sqrt(weights)[:, None]
-    solution = np.linalg.lstsq(design * root, shifts * root, rcond=None)[0]
-    left_over = (shifts - design @ solution) / height
-    residual = float(np.sqrt((weights[:, None] * left_over**2).sum() / weights.sum()))
-    scale += float(solution[1, 0]) / height if len(solution) > 1 else 0.0
-    dx, dy = (float(value) for value in solution[0])
-    move = np.float32([[1, 0, -dx], [0, 1, -dy]])
-    back = cv2.warpAffine(soft, move, (width, height), borderMode=cv2.BORDER_REPLICATE)
-    both = np.corrcoef(sharp.ravel(), back.ravel())[0, 1] if min(sharp.std(), back.std()) > 1e-3 else 0.0
-    return Alignment((dx / height, dy / height), scale, residual, float(both))
-
-
-# %%
-pair = synthetic.line(1)
-move = np.float32([[1, 0, 10], [0, 1, -4]])
-moved = cv2.warpAffine(pair.hr, move, pair.hr.shape[1::-1], borderMode=cv2.BORDER_REPLICATE)
-found = align(pair.hr, cv2.resize(moved, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA))
-print("put in:", (10 / 128, -4 / 128), "found:", tuple(round(float(value), 3) for value in found.shift))
-assert np.allclose(found.shift, (10 / 128, -4 / 128), atol=0.02)
-
-
-# %%
-#| export
-@dataclass(frozen=True)
-class CleaningRules:
-    """What a record must be to be kept."""
-
-    max_length: int = MAX_LENGTH  # characters
-    ratio: tuple[float, float] = (1.0, 8.0)  # width / height
-    min_height: int = 24  # pixels of the HR side
-    min_sharpness: float = 0.3  # of the HR side
-    max_shift: float = 0.06  # of the LR side against the HR side, share of the height
-    max_scale: float = 0.03  # difference in width
-    max_residual: float = 0.04  # what shift and scale leave over, share of the height
-    min_correlation: float = 0.5
-
-
-def fault(line: Line, alphabet: Alphabet, rules: CleaningRules) -> str | None:
-    """The first rule that a line breaks, in a few words; None for a good one."""
-    height, width = line.hr.shape[:2]
-    if not line.text:
-        return "no text"
-    if "\n" in line.text:
-        return "several lines"
-    if len(line.text) > rules.max_length:
-        return "too long"
-    if any(character not in alphabet for character in line.text):
-        return "outside the alphabet"
-    if not rules.ratio[0] <= width / height <= rules.ratio[1]:
-        return "ratio"
-    if height < rules.min_height:
-        return "too small"
-    if text_rows(line.hr) > 1:
-        return "several lines"
-    if sharpness(line.hr) < rules.min_sharpness:
-        return "blurred"
-    return None if line.lr is None else _misaligned(align(line.hr, line.lr), rules)
-
-
-def _misaligned(found: Alignment, rules: CleaningRules) -> str | None:
-    if found.correlation < rules.min_correlation:
-        return "another picture"
-    if found.residual > rules.max_residual:
-        return "warped"
-    if abs(found.scale) > rules.max_scale:
-        return "other scale"
-    return "shifted" if max(map(abs, found.shift)) > rules.max_shift else None
-
-
-def picture_hash(image: np.ndarray) -> int:
-    """256 bits that nearly equal pictures share: is each of 8 x 32 cells brighter than the one to its left?"""
-    gray = cv2.cvtColor(cv2.resize(image, (33, 8), interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2GRAY).astype(int)
-    return int.from_bytes(np.packbits(gray[:, 1:] > gray[:, :-1] + 1).tobytes(), "big")
-
-
-# %%
-#| export
-class _Measure:
-    """Measures some records of a source; runs in any process."""
-
-    def __init__(self, source: LineSource, rules: CleaningRules):
-        self.source, self.rules = source, rules
-
-    def __call__(self, rows: range) -> list[dict]:
-        return [self._measure(row) for row in rows]
-
-    def _measure(self, row: int) -> dict:
-        try:
-            line = self.source.raw(row)
-        except ValueError:
-            return {"record": row, "reason": "unreadable", "text": ""}
-        height, width = line.hr.shape[:2]
-        return {"record": row, "reason": fault(line, self.source.alphabet, self.rules), "text": line.text,
-                "height": height, "ratio": round(width / height, 3), "sharpness": round(sharpness(line.hr), 3),
-                "hash": picture_hash(line.hr), "lr_hash": 0 if line.lr is None else picture_hash(line.lr)}  # fmt: skip
-
-
-def mark_duplicates(rows: Sequence[dict], bits: int = 10) -> None:
-    """Give the reason "duplicate" to good rows whose text and pictures (up to `bits` of 256) came before."""
-    seen: dict[str, list[tuple[int, int]]] = {}
-    for row in rows:
-        if row["reason"] is None:
-            mine, others = (row["hash"], row["lr_hash"]), seen.setdefault(row["text"], [])
-            if any(max((a ^ b).bit_count() for a, b in zip(mine, other)) <= bits for other in others):
-                row["reason"] = "duplicate"
-            else:
-                others.append(mine)
-
-
-@dataclass
-class CleaningReport:
-    """What `clean` found; `rows` has a dict for each record, whose `reason` is None where it was kept."""
-
-    rows: list[dict]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Dropped records by reason, the most frequent first."""
-        return dict(Counter(row["reason"] for row in self.rows if row["reason"]).most_common())
-
-    @property
-    def kept(self) -> list[int]:
-        return [row["record"] for row in self.rows if row["reason"] is None]
-
-    def table(self) -> str:
-        lines = [f"{len(self.kept)} of {len(self.rows)} records kept"]
-        return "\n".join([*lines, *(f"{count:8d}  {reason}" for reason, count in self.counts.items())])
-
-
-def clean(
-    source: LineSource,
-    index: str | Path,
-    rules: CleaningRules | None = None,
-    *,
-    workers: int = 1,
-    progress: bool = True,
-) -> CleaningReport:
-    """Check every record of a source and write the index file of the good ones, with a report beside it.
-
-    For INDEX.tsv: `INDEX.json` (counts, histograms), `INDEX_dropped.png` (what was dropped, by reason) and
-    `INDEX_histograms.png`.
-    """
-    index, rules = Path(index), rules or CleaningRules()
-    if index.suffix != ".tsv":
-        raise ValueError(f"{index}: an index is a .tsv file")
-    chunks = [range(start, min(start + 64, len(source))) for start in range(0, len(source), 64)]
-    rows: list[dict] = []
-    with tqdm(total=len(source), unit="record", desc="cleaning", disable=not progress) as bar:
-        for measured in _in_processes(_Measure(source, rules), chunks, workers):
-            rows += measured
-            bar.update(len(measured))
-    mark_duplicates(rows)
-    report = CleaningReport(rows)
-    _write_report(report, source, index)
-    table = ["record\ttext", *(f"{row['record']}\t{row['text']}" for row in rows if row["reason"] is None)]
-    write_atomically(index, ("\n".join(table) + "\n").encode())
-    return report
-
-
 def read_index(path: str | Path) -> list[int]:
-    """The records of an index file that `clean` wrote; a `ValueError` where it is none."""
+    """The records of an index file that `difftsr.cleaning.clean` wrote; a `ValueError` where it is none."""
     try:
         return [int(row["record"]) for row in read_table(path)]
     except (OSError, KeyError, ValueError) as error:
@@ -1155,174 +925,6 @@ class Selected(LineSource):
         return self.source.raw(self.records[index])
 
 
-# %%
-#| export
-def write_picture(path: Path, image: np.ndarray) -> None:
-    """Writes a uint8 RGB picture without loss, as PNG or WebP by the ending of its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(path, lossless=True, quality=75, method=4)
-
-
-def histograms(rows: Sequence[dict]) -> dict[str, dict]:
-    """Lengths, ratios and sharpness of the kept lines (counts and edges), and how often each character occurs."""
-    kept = [row for row in rows if row["reason"] is None]
-    values = {"length": [len(row["text"]) for row in kept]}
-    values |= {name: [row[name] for row in kept] for name in ("ratio", "sharpness")}
-    edges = {"length": np.arange(0.5, MAX_LENGTH + 1), "ratio": np.linspace(1, 8, 29)}
-    edges["sharpness"] = np.linspace(0, 2, 41)
-    found: dict[str, dict] = {}
-    for name, numbers in values.items():
-        counts, _ = np.histogram(np.clip(numbers, edges[name][0], edges[name][-1]), edges[name])
-        found[name] = {"counts": counts.tolist(), "edges": [round(float(edge), 4) for edge in edges[name]]}
-    found["characters"] = dict(Counter("".join(row["text"] for row in kept)).most_common())
-    return found
-
-
-def _write_report(report: CleaningReport, source: LineSource, index: Path) -> None:
-    shapes = histograms(report.rows)
-    described = {"kept": len(report.kept), "records": len(report.rows), "dropped": report.counts, "histograms": shapes}
-    stem = index.with_suffix("")
-    write_json(f"{stem}.json", described)
-    write_picture(Path(f"{stem}_histograms.png"), draw_histograms(shapes))
-    if report.counts:
-        write_picture(Path(f"{stem}_dropped.png"), dropped_sheet(report, source))
-
-
-def draw_histograms(shapes: Mapping[str, dict], height: int = 120) -> np.ndarray:
-    """The histograms as bars, (h, w, 3) uint8; characters from the most to the least frequent, on a log scale."""
-    characters = np.array(list(shapes["characters"].values()) or [0])
-    groups = [np.sort(part)[-1] for part in np.array_split(characters, min(60, len(characters)))]
-    bars = {name: shapes[name]["counts"] for name in ("length", "ratio", "sharpness")}
-    bars["characters, log"] = np.log1p(groups).tolist()
-    pictures = []
-    for name, values in bars.items():
-        picture = np.full((height + 24, 320, 3), 255, np.uint8)
-        step = 300 / len(values)
-        for number, value in enumerate(values):
-            top = height - round((height - 10) * value / max(1e-9, max(values)))
-            left, right = 10 + round(number * step), 10 + max(round(number * step) + 1, round((number + 1) * step) - 1)
-            picture[top:height, left:right] = (70, 110, 170)
-        ends = shapes[name]["edges"] if name in shapes else [1, len(characters)]
-        caption = f"{name}: {ends[0]:g} to {ends[-1]:g}"
-        cv2.putText(picture, caption, (10, height + 17), 0, 0.45, (40, 40, 40), 1, cv2.LINE_AA)
-        pictures.append(picture)
-    return contact_sheet(pictures, columns=2, height=height + 24)
-
-
-def dropped_sheet(report: CleaningReport, source: LineSource, each: int = 6) -> np.ndarray:
-    """Up to `each` records of every reason, with the reason before them: one picture (h, w, 3) uint8."""
-    pictures = []
-    for reason, count in report.counts.items():
-        label = np.full((48, 200, 3), 255, np.uint8)
-        cv2.putText(label, f"{reason}: {count}", (2, 30), 0, 0.42, (160, 30, 30), 1, cv2.LINE_AA)
-        row = [label, *(_shown(source, r["record"]) for r in report.rows if r["reason"] == reason)][: each + 1]
-        pictures += row + [np.full((48, 2, 3), 255, np.uint8)] * (each + 1 - len(row))
-    return contact_sheet(pictures, columns=each + 1, height=48)
-
-
-def _shown(source: LineSource, record: int, height: int = 48, width: int = 180) -> np.ndarray:
-    """A record small enough for a sheet: HR above LR where there are two; a cross where it cannot be read."""
-    try:
-        line = source.raw(record)
-    except ValueError:
-        cross = np.full((height, height, 3), 235, np.uint8)
-        cv2.line(cross, (0, 0), (height - 1, height - 1), (160, 30, 30), 1)
-        return cv2.line(cross, (0, height - 1), (height - 1, 0), (160, 30, 30), 1)
-    sides = [line.hr] if line.lr is None else [line.hr, line.lr]
-    share = height // len(sides)
-    widths = [int(np.clip(side.shape[1] * share / side.shape[0], 4, width)) for side in sides]
-    rows = [cv2.resize(s, (w, share), interpolation=cv2.INTER_AREA) for s, w in zip(sides, widths, strict=True)]
-    return np.concatenate([cv2.resize(row, (rows[0].shape[1], share)) for row in rows])
-
-
-# %% [markdown]
-# Does it find faults? We plant them: a folder of pairs, sixty good ones and five of each kind of bad ones.
-
-# %%
-#| export
-def plant_faults(folder: str | Path, lines: Sequence[Line], each: int = 5, seed: int = 0) -> dict[str, int]:
-    """Writes lines as a folder of pairs whose last ones are spoiled on purpose, and says how many of which fault.
-
-    For lessons and tests of `clean`: each of ten faults `each` times, in the order of `lines`.
-    """
-    folder, rng = Path(folder), np.random.default_rng(seed)
-    good, rows = len(lines) - each * len(FAULTS), []
-    if good < each:
-        raise ValueError(f"{len(lines)} lines are too few for {each} of each of {len(FAULTS)} faults")
-    for number, line in enumerate(lines):
-        hr, text = line.hr, line.text
-        lr = degrade(hr, rng, DegradationConfig(strength="medium")).lr
-        kind = FAULTS[(number - good) // each] if number >= good else ""
-        if kind:
-            again = lines[(number - good) % each]
-            hr, lr, text = _spoil(kind, hr, lr, text, again)
-        file = f"{number:04d}.png"
-        write_picture(folder / "hr" / file, hr)
-        write_picture(folder / "lr" / file, lr)
-        if kind == "duplicate":
-            shutil.copy(folder / "lr" / f"{(number - good) % each:04d}.png", folder / "lr" / file)
-        if kind == "unreadable":
-            (folder / "lr" / file).write_bytes((folder / "lr" / file).read_bytes()[:60])
-        rows.append(f"{file}\t{text}")
-    (folder / "labels.tsv").write_text("\n".join(["file\ttext", *rows]) + "\n", encoding="utf-8")
-    return dict.fromkeys(FAULTS, each)
-
-
-FAULTS = (
-    "unreadable", "too long", "outside the alphabet", "ratio", "several lines", "blurred", "shifted", "other scale",
-    "another picture", "duplicate",
-)  # fmt: skip
-
-
-def _spoil(kind: str, hr: np.ndarray, lr: np.ndarray, text: str, other: Line) -> tuple[np.ndarray, np.ndarray, str]:
-    """One pair with one fault."""
-    height, width = hr.shape[:2]
-    if kind == "too long":
-        text = (text + other.text) * 25
-        text = text[:25]
-    elif kind == "outside the alphabet":
-        text = text[:-1] + "龘"
-    elif kind == "ratio":
-        hr, lr = (np.rot90(np.tile(side, (1, 2, 1))).copy() for side in (hr, lr))
-    elif kind == "several lines":
-        hr, lr = (np.concatenate([side, side]) for side in (hr, lr))
-        hr = cv2.resize(hr, (width, height), interpolation=cv2.INTER_AREA)
-        lr = cv2.resize(lr, (lr.shape[1], lr.shape[0] // 2), interpolation=cv2.INTER_AREA)
-    elif kind == "blurred":
-        hr = cv2.GaussianBlur(hr, (0, 0), 8)
-    elif kind == "shifted":
-        lr = np.roll(lr, max(2, lr.shape[0] // 5), axis=1)
-    elif kind == "other scale":
-        cut = max(2, round(lr.shape[1] * 0.05))
-        lr = cv2.resize(lr[:, cut:-cut], lr.shape[1::-1])
-    elif kind == "another picture":
-        lr = cv2.resize(other.hr, lr.shape[1::-1], interpolation=cv2.INTER_AREA)
-    elif kind == "duplicate":
-        hr, text = other.hr, other.text
-    return hr, lr, text
-
-
-# %%
-planted = plant_faults(folder / "planted", [synthetic.line(index) for index in range(110)])
-report = clean(PairFolder(folder / "planted", alphabet, SIZES["classroom"]), folder / "index.tsv", progress=False)
-print(report.table())
-print("planted:", planted)
-
-# %%
-plt.figure(figsize=(9, 4.4))
-plt.imshow(dropped_sheet(report, PairFolder(folder / "planted", alphabet, SIZES["classroom"])))
-_ = plt.axis("off")
-
-# %%
-plt.figure(figsize=(8, 3.2))
-plt.imshow(draw_histograms(histograms(report.rows)))
-_ = plt.axis("off")
-
-
-# %% [markdown]
-# The index goes behind the source's name: `lmdb:PATH@INDEX.tsv` and `pairs:PATH@INDEX.tsv` train on the good records alone. The same rules for your own set: `python -m difftsr.dataset --clean pairs:FOLDER --output index.tsv`.
-#
-
 # %% [markdown]
 # A command line names its data in one word; this function opens it:
 
@@ -1338,7 +940,7 @@ def open_source(
 ) -> Dataset:
     """The source that a command line names: "synthetic", "pool:PATH", "lmdb:PATH", "pairs:PATH" or "shards:PATH".
 
-    "lmdb:PATH@INDEX" and "pairs:PATH@INDEX" take the records of an index file alone (see `clean`).
+    "lmdb:PATH@INDEX" and "pairs:PATH@INDEX" take the records of an index file alone (lesson 03b).
     """
     kind, _, path = name.partition(":")
     if kind == "synthetic" and not path:
@@ -1357,7 +959,7 @@ def open_source(
 
 
 # %% [markdown]
-# ## 6. Batches
+# ## 5. Batches
 #
 # Shuffle, cut into batches, start again: `DataLoader(shuffle=True)` does it, but cannot begin at batch 12,345, nor say which records belong to which of eight processes. Both become trivial once the order is a *function*: let $\pi_e$ be the permutation of epoch $e$, drawn from (seed, $e$). Position $p$ of the endless sequence is record $\pi_{\lfloor p / N \rfloor}(p \bmod N)$, and batch $k$ of process $r$ out of $R$ takes the $B$ positions from
 #
@@ -1458,262 +1060,16 @@ for name, value in batches[0].items():
     print(f"{name:8s}", (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else value)
 assert -1 <= batches[0]["hr"].min() and batches[0]["hr"].max() <= 1
 
-# %% [markdown]
-# ## 7. The sample lines
-#
-# What `make demo` restores. Four typefaces, both pipelines, three strengths, Chinese and Latin: everything is written out in a table, and the texts join those that the phrase sampler refuses. `python -m difftsr.dataset --samples DIR` writes them anew where the four typefaces are installed.
 
 # %%
 #| export
-SAMPLES = (  # text, reserved face, pipeline, strength: the lines of data/samples
-    ("竹溪茶舍", "LXGW WenKai", "real_esrgan", "mild"),
-    ("长亭街15号", "AR PL SungtiL GB", "bsrgan", "medium"),
-    ("RIVERSIDE INN", "Smiley Sans", "real_esrgan", "hard"),
-    ("电话：13705648291", "LXGW WenKai", "bsrgan", "mild"),
-    ("南湖码头", "ZCOOL QingKe HuangYou", "real_esrgan", "medium"),
-    ("老韩家饺子", "Smiley Sans", "bsrgan", "hard"),
-    ("Coffee & 书", "AR PL SungtiL GB", "real_esrgan", "mild"),
-    ("￥68.50元起", "ZCOOL QingKe HuangYou", "bsrgan", "medium"),
-    ("请走右侧通道", "LXGW WenKai", "real_esrgan", "hard"),
-    ("浙C·T3825", "Smiley Sans", "bsrgan", "mild"),
-    ("Sunset Boulevard", "AR PL SungtiL GB", "real_esrgan", "medium"),
-    ("海棠湾国际大酒店", "ZCOOL QingKe HuangYou", "bsrgan", "hard"),
-)
-
-
-Pair = tuple[str, str, str, tuple[str, ...]]  # text, family of the typeface, pipeline, strengths
-
-
-def write_pairs(
-    folder: str | Path,
-    pairs: Sequence[Pair],
-    *,
-    seed: int = 0,
-    form: Literal["png", "webp"] = "png",
-    looks: Looks | None = None,
-    scales: Mapping[str, tuple[int, ...]] | None = None,
-) -> None:
-    """Writes lines as a folder that `PairFolder` reads: `hr/`, of height 128, `lr/`, small as they come out of the
-    degradation, one for each strength, and `labels.tsv`. Lossless; fonts reserved for evaluation are allowed here.
-
-    `scales` names other scales for some strengths. Line k depends on (seed, k) alone, not on the other lines.
-    """
-    folder, fonts = Path(folder), find_fonts(training=False)
-    unfinished = folder.with_name(f"{folder.name}.unfinished-{os.getpid()}")
-    unfinished.mkdir(parents=True)
-    table = [("file", "hr", "text", "font", "pipeline", "strength")]
-    try:
-        for number, (text, family, pipeline, strengths) in enumerate(pairs, 1):
-            faces = [font for font in fonts if font.family == family]
-            if not faces:
-                raise ValueError(f"the typeface {family} is not installed: see `python -m difftsr.text_lines --fonts`")
-            rng = np.random.default_rng([seed, number])
-            line = LineRenderer(faces, looks=looks).render(text, rng)
-            hr = f"{number:02d}.{form}"
-            write_picture(unfinished / "hr" / hr, line.image)
-            one = {"real_esrgan": 0.0, "bsrgan": 0.0} | {pipeline: 1.0}
-            for strength in strengths:
-                file = hr if len(strengths) == 1 else f"{number:02d}-{strength}.{form}"
-                config = DegradationConfig(**one, strength=strength, scales=(scales or {}).get(strength))
-                lr = degrade(line.image, rng, config).lr
-                write_picture(unfinished / "lr" / file, lr)
-                table.append((file, hr, text, line.style.font.name, pipeline, strength))
-        (unfinished / "labels.tsv").write_text("".join("\t".join(row) + "\n" for row in table), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-
-# %%
-samples = PairFolder(data_folder() / "samples", alphabet, SIZES["classroom"])
-lines = [samples.line(index) for index in range(len(samples))]
-assert all(is_reserved(line.text) and line.hr.shape[0] == 128 for line in lines)
-plt.figure(figsize=(9, 4))
-plt.imshow(contact_sheet([image for line in lines for image in (line.lr, line.hr)], columns=4))
-_ = plt.axis("off")
-
-# %% [markdown]
-# ### The evaluation sets
-#
-# `data/eval/dev` (40 lines, for every choice) and `data/eval/test` (80 lines, for reported figures only) hold each line in four strengths. The texts stand in `data/eval/texts.tsv`; the phrase sampler of lesson 01 refuses them. The four faces take turns, and so do the two pipelines. The severe range was set once, on `dev`: PP-OCRv4 reads .59 of the characters of its bicubic enlargements (mild 1.00, medium .99, hard .95; on `test` .56, 1.00, .99, .95). `python -m difftsr.dataset --eval FOLDER` writes both sets again where the four faces are installed, `sha256sum --check SHA256SUMS` says whether a copy is whole.
-
-# %%
-#| export
-STEPS = ("mild", "medium", "hard", "severe")  # the strengths of the evaluation sets, from easy to hard
-RESERVED_FAMILIES = ("LXGW WenKai", "AR PL SungtiL GB", "Smiley Sans", "ZCOOL QingKe HuangYou")
-EVALUATION_SEEDS = {"dev": 40, "test": 80}  # seeds of the two sets
-
-
-def evaluation_pairs(name: str) -> list[Pair]:
-    """The lines of the evaluation set `name`, "dev" or "test". A text that a face lacks goes to the next one."""
-    texts = [row["text"] for row in read_table(data_folder() / "eval" / "texts.tsv") if row["set"] == name]
-    fonts = find_fonts(training=False)
-    pairs: list[Pair] = []
-    for number, text in enumerate(texts):
-        turn = [RESERVED_FAMILIES[(number + step) % len(RESERVED_FAMILIES)] for step in range(len(RESERVED_FAMILIES))]
-        able = [family for family in turn if any(font.family == family and font.covers(text) for font in fonts)]
-        if not able:
-            raise ValueError(f"no reserved typeface holds {text!r}: see `python -m difftsr.text_lines --fonts`")
-        pipeline = ("real_esrgan", "bsrgan")[(number + number // len(RESERVED_FAMILIES)) % 2]
-        pairs.append((text, able[0], pipeline, STEPS))
-    return pairs
-
-
-def checksums(folder: Path, names: Sequence[str]) -> str:
-    """SHA-256 of every file below the named folders of `folder`, in the form that `sha256sum --check` reads."""
-    files = [path for name in names for path in sorted((folder / name).rglob("*")) if path.is_file()]
-    sums = [(hashlib.sha256(path.read_bytes()).hexdigest(), path.relative_to(folder).as_posix()) for path in files]
-    return "".join(f"{digest}  {file}\n" for digest, file in sums)
-
-
-def write_evaluation_sets(folder: str | Path) -> None:
-    """Writes `dev`, `test` and `SHA256SUMS` into a folder; needs the reserved typefaces."""
-    folder = Path(folder)
-    for name, seed in EVALUATION_SEEDS.items():
-        # Noise of the sharp side and large bad sides would take most of the bytes.
-        looks, scales = Looks(grain=0, texture=0.2), {"mild": (2, 3), "medium": (3, 4)}
-        write_pairs(folder / name, evaluation_pairs(name), seed=seed, form="webp", looks=looks, scales=scales)
-    (folder / "SHA256SUMS").write_text(checksums(folder, list(EVALUATION_SEEDS)), encoding="utf-8")
-
-
-# %% [markdown]
-# ## 8. On the command line
-#
-# `python -m difftsr.dataset --pool runs/pool --count 20000 --degradations 2` renders ahead; training then says `--data pool:runs/pool`. `--lmdb PATH` and `--shards PATH` write sharp lines instead, of any `--source`; `--clean lmdb:PATH --output index.tsv` checks what others have written.
-#
-# ### What does it cost?
-#
-# Rates of lines as `python tests/bench_data.py` has measured them. Those of one core are lines for a second of its processor time, which others on the machine hardly change. Those of the loaders go by the clock, and the machine was busy (`load_average_of_loaders` in the file): they are a lower bound. On a CPU the batched degradation keeps step with the one-line form; on a graphics card it has the card's speed, which nobody has measured here.
-#
-# How would one feed 3,000 lines a second? Not by rendering and degrading each line when it is asked for: the table says how many cores that takes. So render a pool of sharp canvases once, read it, draw the recipes on the host, and let the card degrade (`degrade_batch`) and encode. What that takes in cores is measured; what it takes of the card is *counted*, from the calls and bytes of the batched form, and `not_measured` says what was assumed.
-
-# %%
-measured = json.loads((data_folder() / "benchmarks" / "data.json").read_text(encoding="utf-8"))
-rates = {**measured["lines_a_second_and_core"], **measured["lines_a_second"]}
-plt.figure(figsize=(7, 2.6))
-plt.barh(list(rates), list(rates.values()))
-plt.xscale("log")
-plt.xlabel("lines a second")
-plt.title("one core, then whole loaders", fontsize=9)
-_ = plt.gca().invert_yaxis()
-
-# %%
-for name, value in measured["plan"].items():
-    print(f"{name.replace('_', ' '):46s} {value}")
-
-
-# %%
-#| export
-@dataclass
-class DatasetOptions:
-    """Writes lines to a folder, so that training need not wait for rendering; cleans what others have written."""
-
-    pool: Path | None = None  # write a pool of lines into this folder, which must not exist
-    lmdb: Path | None = None  # write sharp lines as an LMDB laid out like CTR
-    shards: Path | None = None  # write sharp lines as tar files for webdataset
-    source: str = "synthetic"  # where the lines of --lmdb and --shards come from: synthetic, lmdb:PATH or pairs:PATH
-    clean: str | None = None  # lmdb:PATH or pairs:PATH: check every record
-    output: Path | None = None  # of --clean: the index file of the good records; the report lies beside it
-    rules: CleaningRules = field(default_factory=CleaningRules)  # of --clean
-    samples: Path | None = None  # write the sample lines, in the faces reserved for evaluation, into this folder
-    eval: Path | None = None  # write the evaluation sets, in the same faces, into this folder
-    count: int = 20_000  # lines
-    degradations: int = 2  # of each line
-    preset: Literal["tiny", "classroom", "paper"] = "classroom"  # sets alphabet and canvas
-    alphabet: Path | None = None  # UTF-8 file of characters, instead of the preset's
-    strength: Literal["paper", "mild", "medium", "hard", "severe", "mixed"] = "mixed"
-    identity: float = 0.1  # share of LR lines that are left as they are
-    looks: Looks = VARIED  # how often each effect is met in synthetic lines
-    rare_share: float = 0.2  # of the phrases: words chosen by a character that is drawn evenly
-    seed: int = 0
-    workers: int = 2
-
-
-def preset_alphabet(preset: str, path: Path | None = None) -> Alphabet:
-    """The alphabet of a preset, or that of a file."""
-    if path is not None:
-        return Alphabet.from_file(path)
-    return Alphabet.tiny() if preset == "tiny" else Alphabet.classroom()
-
-
-def synthetic_source(options: DatasetOptions) -> SyntheticLines:
-    return SyntheticLines(
-        preset_alphabet(options.preset, options.alphabet),
-        SIZES[options.preset],
-        degradation=DegradationConfig(strength=options.strength),
-        length=options.count,
-        seed=options.seed,
-        identity=options.identity,
-        looks=options.looks,
-        rare_share=options.rare_share,
-    )
-
-
-def build_pool(options: DatasetOptions) -> LinePool:
-    source = synthetic_source(options)
-    faces, times = len(source.renderer.families), options.degradations
-    print(f"{options.count} lines in {faces} typefaces, each degraded {times} times -> {options.pool}")
-    return LinePool.build(
-        options.pool, source, options.count, degradations=options.degradations, workers=options.workers
-    )
-
-
-def any_source(name: str, options: DatasetOptions) -> LineSource:
-    """The source `name` with the preset of the options."""
-    if name == "synthetic":
-        return synthetic_source(options)
-    source = open_source(name, preset_alphabet(options.preset, options.alphabet), SIZES[options.preset], options.seed)
-    if not isinstance(source, LineSource):
-        raise ValueError(f"{name} cannot be read record by record; allowed: synthetic, lmdb:PATH, pairs:PATH")
-    return source
-
-
-def good_lines(source: LineSource, count: int) -> Iterator[Line]:
-    """The first `count` records of a source, or all where it has less, with a progress bar; bad ones are left out."""
-    for index in tqdm(range(min(count, len(source))), unit="line"):
-        try:
-            line = source.raw(index)
-            check_line(line.hr, line.text)
-        except ValueError as error:
-            print(f"record {index} left out: {error}", file=sys.stderr)
-            continue
-        yield line
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    import tyro
+    """The command line `python -m difftsr.dataset` (lesson 03c); returns the exit status."""
+    from difftsr.sets import main as command
 
-    options = tyro.cli(DatasetOptions, args=arguments, prog="python -m difftsr.dataset")
-    tasks = (options.pool, options.lmdb, options.shards, options.clean, options.samples, options.eval)
-    if not any(tasks) or bool(options.clean) != bool(options.output):
-        print("error: nothing to do: name a folder with --pool, --lmdb, --shards, --samples or --eval, "
-              "or a source with --clean and a file with --output", file=sys.stderr)  # fmt: skip
-        return 2
-    try:
-        if options.samples:
-            pairs = [(text, family, pipeline, (strength,)) for text, family, pipeline, strength in SAMPLES]
-            write_pairs(options.samples, pairs, seed=options.seed)
-        if options.eval:
-            write_evaluation_sets(options.eval)
-        if options.pool:
-            build_pool(options)
-        if options.lmdb:
-            write_lmdb(options.lmdb, good_lines(any_source(options.source, options), options.count))
-        if options.shards:
-            write_shards(options.shards, good_lines(any_source(options.source, options), options.count))
-        if options.clean:
-            report = clean(any_source(options.clean, options), options.output, options.rules, workers=options.workers)
-            print(report.table())
-    except (ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command(arguments)
 
 
-# %%
-#| export
 if __name__ == "__main__" and "__file__" in globals():
     raise SystemExit(main())
 
@@ -1727,7 +1083,6 @@ shutil.rmtree(folder)
 # - An item is a function of (seed, index, draw), so neither the order of access nor the number of processes changes the data.
 # - The order of batches is a function as well: resuming and sharing are arithmetic.
 # - Bad records are left out and reported; failing degradations are errors.
-# - `clean` says of every record why it is kept or dropped: by its text, its shape, its sharpness, its alignment, and whether it came before.
 # - What is larger than a disk is streamed from shards, in an order that is again a function of the seed.
 
 # %% [markdown]
@@ -1889,4 +1244,4 @@ check({
 # %% [markdown]
 # ## Where to go next
 #
-# [Lesson 04](04_vae.ipynb) is the first to learn from these batches: it compresses a line to a latent of a fraction of the size.
+# [Lesson 03b](03b_cleaning.ipynb) looks at what others have collected, and drops what would teach nonsense; [03c](03c_sets.ipynb) writes sets. [Lesson 04](04_vae.ipynb) is the first to learn from these batches: it compresses a line to a latent of a fraction of the size.

@@ -1404,6 +1404,14 @@ sheet(**{name: row[[3, 5]] for name, row in rows.items()})
 # in LPIPS more than in decibels: strokes get edges. *Patches* gain nothing from it: eight numbers a block are a
 # budget, and fine-tuning re-allots it. The student that also met degraded lines encodes those clearly better, at no
 # loss worth naming on sharp ones.
+#
+# At the paper's size the general autoencoder is kl-f4 of latent diffusion. Its file, in the published naming or in that
+# of diffusers, becomes a folder that the stage starts from (`LINES` is your LMDB, `ALPHABET.txt` the table of characters):
+#
+# ```bash
+# python -m difftsr.official kl-f4.ckpt --output start
+# python -m difftsr.train --stage vae --preset paper --init start --alphabet ALPHABET.txt --data lmdb:LINES
+# ```
 
 # %% [markdown]
 # ## Why the weight of the KL is tiny

@@ -344,7 +344,7 @@ def draw_curves(runs: Iterable[Path], path: Path) -> Path:
     for column, stage in enumerate(stages):
         for name, about in ((name, card[stage]) for name, card in cards.items() if stage in card):
             draw_stage(panels[:, column], name, about)
-        panels[0, column].set(title=stage, ylabel="loss (running mean)")
+        panels[0, column].set(title=stage, xlabel="step", ylabel="loss (running mean)")
         panels[0, column].legend(fontsize="small")
         panels[1, column].set(xlabel="step", ylabel="gradient norm", yscale="log")
         for panel in panels[:, column]:
@@ -361,7 +361,8 @@ def draw_stage(panels: np.ndarray, name: str, about: dict) -> None:
     if held_out.get("loss"):
         style = dict(color=line.get_color(), markersize=3, label="held out")
         panels[0].plot(held_out["step"], held_out["loss"], "o--", **style)
-    panels[1].plot(history["step"], np.array(history.get("norm", []), dtype=float), color=line.get_color())
+    if "norm" in history:  # the first cards had none
+        panels[1].plot(history["step"], np.array(history["norm"], dtype=float), color=line.get_color())
     if "bound_by_t" in about:
         share = np.array(about["bound_by_t"])
         panels[2].stairs(share, np.linspace(0, 1, len(share) + 1), color=line.get_color())
@@ -443,7 +444,8 @@ def texts_of(tokens: Tensor, alphabet) -> list[str]:
 def draw_sheet(pictures: list[Tensor], texts: list[list[str]], columns: list[str], width: int = 256) -> np.ndarray:
     """Pictures (B, 3, H, W) side by side, each line with the texts under it: (height, width, 3) uint8."""
     height, gap, caption = round(width * pictures[0].shape[2] / pictures[0].shape[3]), 6, 22
-    row = height + caption + gap
+    misread = any(row[-2] and row[-2] != row[-1] for row in texts)  # then the truth stands below
+    row = height + caption * (1 + misread) + gap
     board = Image.new("RGB", ((width + gap) * len(pictures), caption + row * len(texts)), "white")
     pen = ImageDraw.Draw(board)
     for column, name in enumerate(columns[:-1]):
@@ -455,9 +457,12 @@ def draw_sheet(pictures: list[Tensor], texts: list[list[str]], columns: list[str
             board.paste(Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC), at)
             said, truth = texts[number][column], texts[number][-1]
             right = said == truth
+            captions = [said]
             if column == len(pictures) - 1 and not right:
-                said = f"{said} (is {truth})" if said else truth
-            pen.text((at[0], at[1] + height), said, fill="black" if right else "firebrick", font=caption_font(said))
+                captions = [said, f"is {truth}"] if said else [truth]
+            for below, text in enumerate(captions):
+                place, fill = (at[0], at[1] + height + below * caption), "black" if right else "firebrick"
+                pen.text(place, text, fill=fill, font=caption_font(text, width))
     return np.asarray(board)
 
 
@@ -470,10 +475,11 @@ def caption_fonts() -> tuple[Font, ...]:
         return ()
 
 
-def caption_font(text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """A font of 15 pixels that holds the text; Pillow's own where there is none."""
+def caption_font(text: str, width: int = 256) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """A font that holds the text, of 15 pixels or as many as fit into `width`; Pillow's own where there is none."""
     found = next((font for font in caption_fonts() if font.covers(text.replace(" ", ""))), None)
-    return ImageFont.load_default(15) if found is None else found.pillow(15)
+    sized = ImageFont.load_default if found is None else found.pillow
+    return sized(max(8, min(15, int(15 * width / max(1.0, sized(15).getlength(text))))))
 
 
 # %% [markdown]

@@ -67,12 +67,15 @@ where_it_sits("official")
 # %%
 #| export
 import pickle
+import re
 import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import tyro
 from accelerate import init_empty_weights
@@ -353,13 +356,20 @@ def stand_ins(path: Path) -> list[tuple[type, str]]:
 
 
 def load_file(path: str | Path) -> dict:
-    """The dictionary in a file of `torch.save`, read with `weights_only=True`; its tensors stay on disk until used.
+    """The dictionary in a file of `torch.save`, read with `weights_only=True`, or in a safetensors file.
+
+    Its tensors stay on disk until they are used.
 
     Raises `ValueError` that names the file where it is missing, damaged, or would run something.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
     try:
         if not zipfile.is_zipfile(path):  # written by a torch before 1.6: its tensors cannot stay on disk
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -412,7 +422,7 @@ except ValueError as error:
 # %% [markdown]
 # ## 4. What a key map does
 #
-# The same five networks were saved in different company. The joint model is four state dicts in one; its training file puts the network's name in front of every key; the file of the first training stage holds the U-Net under `model.diffusion_model.`, the VAE twice, the text encoder, and the recogniser inside the loss. A *key map* is a small table: which prefix leads to which network.
+# The same five networks were saved in different company. The joint model is four state dicts in one; its training file puts the network's name in front of every key; the file of the first training stage holds the U-Net under `model.diffusion_model.`, the VAE twice, the text encoder, and the recogniser inside the loss. A *key map* is a small table: which prefix leads to which network. One network is also met under other names altogether: diffusers keeps autoencoders such as kl-f4 in a layout of its own, and a second table turns those names back.
 
 # %%
 #| export
@@ -437,7 +447,7 @@ LAYOUTS = (
     Layout("a training file of step 2 (text diffusion)", "denoise_fn.diffusion_model.transformer.first.weight", {
         "tdm": "denoise_fn.diffusion_model.", "vae": "cond_stage_model.",
     }),
-    Layout("an autoencoder (kl-f4, or a training file of step 0)", "decoder.conv_in.weight", {"vae": ""}),
+    Layout("an autoencoder (kl-f4 in any naming, or one of step 0)", "decoder.conv_in.weight", {"vae": ""}),
     Layout("TransOCR (transocr.pth)", "generator_word.proj.weight", {"recognizer": ""}),
     Layout("a U-Net alone", "input_blocks.0.0.weight", {"unet": ""}),
     Layout("a TDM alone", "transformer.first.weight", {"tdm": ""}),
@@ -462,6 +472,43 @@ def flat(content: Mapping) -> dict[str, Tensor]:
     return without_module(tensors)
 
 
+RENAMED = (  # diffusers' `AutoencoderKL`: the same networks, other names
+    (r"(encoder|decoder)\.mid_block\.resnets\.0\.", r"\1.mid.block_1."),
+    (r"(encoder|decoder)\.mid_block\.resnets\.1\.", r"\1.mid.block_2."),
+    (r"(encoder|decoder)\.mid_block\.attentions\.0\.", r"\1.mid.attn_1."),
+    (r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.", r"encoder.down.\1.block.\2."),
+    (r"encoder\.down_blocks\.(\d+)\.downsamplers\.0\.", r"encoder.down.\1.downsample."),
+    (r"decoder\.up_blocks\.(\d+)\.resnets\.(\d+)\.", r"decoder.up.\1.block.\2."),
+    (r"decoder\.up_blocks\.(\d+)\.upsamplers\.0\.", r"decoder.up.\1.upsample."),
+    (r"\.conv_shortcut\.", ".nin_shortcut."),
+    (r"\.conv_norm_out\.", ".norm_out."),
+    (r"\.attn_1\.group_norm\.", ".attn_1.norm."),
+    (r"\.attn_1\.(?:to_q|query)\.", ".attn_1.q."),
+    (r"\.attn_1\.(?:to_k|key)\.", ".attn_1.k."),
+    (r"\.attn_1\.(?:to_v|value)\.", ".attn_1.v."),
+    (r"\.attn_1\.(?:to_out\.0|proj_attn)\.", ".attn_1.proj_out."),
+)  # fmt: skip
+
+
+def from_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An autoencoder in the names of diffusers under the published ones; anything else as it is.
+
+    diffusers counts the decoder's levels from the latent, the published code from the image; its attention is made of
+    linear layers (C, C), the published one of 1 x 1 convolutions (C, C, 1, 1).
+    """
+    if not any(key.startswith("encoder.down_blocks.") for key in tensors):
+        return dict(tensors)
+    renamed = {}
+    for key, value in tensors.items():
+        for old, new in RENAMED:
+            key = re.sub(old, new, key)
+        is_linear = re.search(r"\.attn_1\.(q|k|v|proj_out)\.weight$", key)
+        renamed[key] = value[:, :, None, None] if is_linear and value.ndim == 2 else value
+    last = max(int(key.split(".")[2]) for key in renamed if key.startswith("decoder.up."))
+    turned = partial(re.sub, r"^decoder\.up\.(\d+)", lambda found: f"decoder.up.{last - int(found[1])}")
+    return {turned(key): value for key, value in renamed.items()}
+
+
 def layout_of(tensors: Mapping[str, Tensor]) -> Layout | None:
     """The kind of file that these keys come from; None for an unknown one."""
     return next((layout for layout in LAYOUTS if layout.marker in tensors), None)
@@ -484,7 +531,7 @@ def published_parts(path: str | Path) -> tuple[str, dict[str, dict[str, Tensor]]
 
     Losses and schedule tables are left out. Raises `ValueError` that says what the file looks like instead.
     """
-    tensors = flat(load_file(path))
+    tensors = from_diffusers(flat(load_file(path)))
     layout = layout_of(tensors)
     if layout is None:
         known = "; ".join(layout.name for layout in LAYOUTS)
@@ -508,6 +555,14 @@ kind, parts = published_parts(scratch / "step1.ckpt")
 print(kind)
 for network, tensors in parts.items():
     print(f"  {network:10s} {', '.join(tensors)}")
+
+# %%
+other = {"encoder.down_blocks.0.resnets.1.conv_shortcut.weight": torch.ones(1),
+         "decoder.up_blocks.0.upsamplers.0.conv.weight": torch.ones(1),
+         "decoder.up_blocks.2.resnets.0.norm1.weight": torch.ones(1),
+         "decoder.mid_block.attentions.0.to_q.weight": torch.ones(4, 4)}  # fmt: skip
+for old, (new, tensor) in zip(other, from_diffusers(other).items(), strict=True):
+    print(f"{old:52s} -> {new} {tuple(tensor.shape)}")
 
 # %% [markdown]
 # ## 5. The alphabet is part of the weights
@@ -952,7 +1007,7 @@ print(f"({bench['train_tdm']['machine']}, shared with other work)")
 # python -m difftsr.train --preset paper --stage idm --init start --alphabet ALPHABET.txt --data lmdb:CTR --output runs/paper
 # ```
 #
-# Then `tdm` and `mom` in the same way. `--alphabet` may be left out where the folder of `--init` has the table.
+# `kl-f4.ckpt` may as well be an autoencoder that diffusers wrote, `diffusion_pytorch_model.safetensors`. Then `tdm` and `mom` in the same way. `--alphabet` may be left out where the folder of `--init` has the table.
 
 # %%
 row = bench["convert"]

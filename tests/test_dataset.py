@@ -14,11 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from difftsr.cleaning import align, clean, plant_faults, sharpness
 from difftsr.dataset import (
-    RESERVED_FAMILIES,
-    SAMPLES,
     SIZES,
-    STEPS,
     BatchOrder,
     Line,
     LinePool,
@@ -28,22 +26,16 @@ from difftsr.dataset import (
     ShardBatches,
     ShardLines,
     SyntheticLines,
-    align,
-    checksums,
-    clean,
     decode_image,
-    evaluation_pairs,
     make_loader,
     open_source,
-    plant_faults,
     read_index,
-    sharpness,
     to_float,
-    write_evaluation_sets,
     write_lmdb,
     write_shards,
 )
 from difftsr.degradation import DegradationConfig
+from difftsr.sets import RESERVED_FAMILIES, SAMPLES, STEPS, checksums, evaluation_pairs, write_evaluation_sets
 from difftsr.text_lines import (
     MAX_LENGTH,
     Alphabet,
@@ -376,7 +368,7 @@ def test_evaluation_sets_can_be_written_again(tmp_path, monkeypatch):
     if missing := set(RESERVED_FAMILIES) - families:
         pytest.skip(f"needs the reserved typefaces: {', '.join(sorted(missing))}")
     pairs = evaluation_pairs("dev")
-    monkeypatch.setattr("difftsr.dataset.evaluation_pairs", lambda name: pairs[:4] if name == "dev" else [])
+    monkeypatch.setattr("difftsr.sets.evaluation_pairs", lambda name: pairs[:4] if name == "dev" else [])
     write_evaluation_sets(tmp_path / "eval")
     for row in read_table(tmp_path / "eval/dev/labels.tsv"):
         for side in ("hr", "lr"):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from difftsr import official
 from difftsr.idm import IDMStage, IDMTraining, condition, reader_classes, text_classes
@@ -295,6 +296,71 @@ def test_every_layout_finds_its_networks(files, parts, file, found):
     assert not any(tensor.is_meta for tensor in model.state_dict().values())
     if "vae" in found:
         assert torch.allclose(model.vae.latent_scale, torch.tensor(1 / 0.18215))
+
+
+def in_the_names_of_diffusers(tensors, levels):
+    """The published names of an autoencoder in those that diffusers uses, and linear attention."""
+    said = {}
+    for key, value in tensors.items():
+        if key.startswith("decoder.up."):
+            place = key.split(".")
+            key = ".".join(["decoder", "up", str(levels - 1 - int(place[2])), *place[3:]])
+        for theirs, ours in (
+            ("down_blocks", "down"), ("up_blocks", "up"), ("resnets", "block"), ("downsamplers.0", "downsample"),
+            ("upsamplers.0", "upsample"), ("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out"),
+            ("mid_block.attentions.0", "mid.attn_1"), ("mid_block.resnets.0", "mid.block_1"),
+            ("mid_block.resnets.1", "mid.block_2"),
+        ):
+            key = f".{key}.".replace(f".{ours}.", f".{theirs}.")[1:-1]
+        if ".attentions.0." in key:
+            for theirs, ours in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
+                key = key.replace(f".0.{ours}.", f".0.{theirs}.")
+            key, value = key.replace(".norm.", ".group_norm."), value[..., 0, 0] if value.ndim == 4 else value
+        said[key] = value
+    return said
+
+
+@pytest.mark.parametrize("file", ["kl-f4.ckpt", "diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"])
+def test_the_vae_stage_starts_from_kl_f4(parts, tmp_path, monkeypatch, file):
+    """A general autoencoder, as latent diffusion and as diffusers write it, becomes a folder for --init."""
+    for module in ("difftsr.official", "difftsr.train"):
+        monkeypatch.setattr(f"{module}.preset", lambda name: small_config())
+    if file == "kl-f4.ckpt":
+        torch.save({"state_dict": parts["vae"] | {"loss.logvar": torch.zeros(())}}, tmp_path / file)
+    else:
+        tensors = in_the_names_of_diffusers(parts["vae"], levels=3)
+        assert not tensors.keys() & {"encoder.mid.attn_1.q.weight", "decoder.up.0.block.0.norm1.weight"}
+        if file.endswith("bin"):
+            torch.save(tensors, tmp_path / file)
+        else:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, tmp_path / file)
+    assert official.main([str(tmp_path / file), "--output", str(tmp_path / "start")]) == 0
+    vae = DiffTSR.from_pretrained(tmp_path / "start", missing_ok=True).vae
+    assert same(vae, parts["vae"] | {"latent_shift": vae.latent_shift, "latent_scale": vae.latent_scale})
+    (tmp_path / "letters.txt").write_text(CHARACTERS, encoding="utf-8")
+    options = dict(preset="paper", steps=1, batch_size=1, warmup=0, bar=False, init=str(tmp_path / "start"))
+    options |= dict(overrides={"lpips": 0.0, "crop": (32, 128)}, alphabet=tmp_path / "letters.txt")
+    train(TrainConfig("vae", output=tmp_path / "run", **options))
+    trained = DiffTSR.from_pretrained(tmp_path / "run" / "weights", missing_ok=True).vae
+    apart = max((a - b).abs().max().item() for a, b in zip(trained.parameters(), vae.parameters(), strict=True))
+    assert 0 < apart < 1e-4  # one step of the published rate away from where it began
+
+
+def test_autoencoders_of_diffusers_give_what_diffusers_gives():
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: the second implementation")
+    torch.manual_seed(0)
+    theirs = diffusers.AutoencoderKL(
+        block_out_channels=(32, 32, 64), down_block_types=("DownEncoderBlock2D",) * 3, layers_per_block=1,
+        up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=3, norm_num_groups=32,
+    ).eval()  # fmt: skip
+    config = dict(z_channels=3, ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, double_z=True)
+    ours = official.vae({"ddconfig": config, "embed_dim": 3}, official.from_diffusers(theirs.state_dict()))
+    x = torch.randn(1, 3, 32, 64)
+    with torch.no_grad():
+        code = theirs.encode(x).latent_dist
+        assert_close(ours.encode(x).mean, code.mean)
+        assert_close(ours.encode(x).logvar, code.logvar)
+        assert_close(ours.decode(code.mean), theirs.decode(code.mean).sample)
 
 
 def test_a_recogniser_of_its_own_file_and_the_alphabet_beside(files, parts):

@@ -11,9 +11,23 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
+from difftsr.cleaning import plant_faults
+from difftsr.dataset import SIZES, SyntheticLines
+from difftsr.dataset import main as dataset_command
 from difftsr.model import DiffTSR, preset
-from difftsr.runs import Every, checkpoints, newest_checkpoint, read_card, save_checkpoint
+from difftsr.runs import (
+    Every,
+    checkpoints,
+    draw_curves,
+    draw_sheet,
+    newest_checkpoint,
+    read_card,
+    save_checkpoint,
+    write_card,
+)
+from difftsr.text_lines import Alphabet
 from difftsr.train import (
     EMA,
     STAGES,
@@ -54,16 +68,33 @@ def test_all_skips_what_is_done(trained):
     assert train(TrainConfig("all", output=trained, steps=2, **TINY)) == {}
 
 
-@pytest.mark.parametrize("stage, overrides", [("recognizer", {}), ("idm", {}), ("tdm", {"loss": "bound"})])
-def test_a_cut_run_resumes_bit_for_bit(trained, tmp_path, stage, overrides):
-    whole = TrainConfig(stage, output=tmp_path / "whole", init=str(trained / "weights"), steps=6, **TINY)
-    whole = replace(whole, overrides=overrides)
+@pytest.mark.parametrize("stage", ["recognizer", "idm"])
+def test_a_cut_run_resumes_bit_for_bit(trained, tmp_path, stage):
+    cut_and_resumed(TrainConfig(stage, init=str(trained / "weights"), steps=6, **TINY), stage, tmp_path)
+
+
+def test_a_cut_run_goes_on_with_what_the_bound_has_learned(trained, tmp_path, monkeypatch):
+    """On three noise levels importance sampling begins before the cut: what it has seen must travel too."""
+    config = preset("tiny")
+    config = replace(config, tdm=replace(config.tdm, timesteps=3))
+    monkeypatch.setattr("difftsr.train.preset", lambda name: config)
+    monkeypatch.setattr(Trainer, "look", lambda self: None)  # a sheet walks both diffusions through the same 1,000
+    common = TINY | {"batch_size": 16, "init": str(trained / "weights"), "overrides": {"loss": "bound"}}
+    at_the_cut, at_the_end = cut_and_resumed(TrainConfig("tdm", steps=6, **common), "tdm", tmp_path)
+    seen, count = (state["auxiliary"]["importance"]["count"] for state in (at_the_cut, at_the_end))
+    assert (seen > 10).all() and seen.sum() == 4 * 16 and count.sum() == 6 * 16
+
+
+def cut_and_resumed(config, stage, folder):
+    """The checkpoints at the cut, after four of six steps, and at the end, which is that of a run left alone."""
+    whole = replace(config, output=folder / "whole")
     train_stage(whole, stage)
-    cut = replace(whole, output=tmp_path / "cut")
+    cut = replace(config, output=folder / "cut")
     train_stage(cut, stage)
     for file in checkpoints(cut.output / "checkpoints" / stage)[1:]:
         file.unlink()
-    assert newest(cut.output, stage)["step"] == 4
+    before = newest(cut.output, stage)
+    assert before["step"] == 4
     train_stage(replace(cut, resume=True), stage)
     a, b = newest(whole.output, stage), newest(cut.output, stage)
     assert a["step"] == b["step"] == 6
@@ -71,8 +102,49 @@ def test_a_cut_run_resumes_bit_for_bit(trained, tmp_path, stage, overrides):
         for network, tensors in a[kind].items():
             for name, tensor in tensors.items():
                 assert torch.equal(tensor, b[kind][network][name]), name
-    if overrides:
-        assert a["auxiliary"]["importance"]["count"].sum() == 6 * 4  # what the bound has learned travels too
+    return before, b
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """A folder with one set of every kind that --data names, made by the commands that the README gives."""
+    folder = tmp_path_factory.mktemp("sets")
+    lines = SyntheticLines(Alphabet.tiny(), SIZES["tiny"], length=24, seed=5)
+    plant_faults(folder / "pairs", [lines.line(index) for index in range(24)], each=1)
+    common = ["--preset", "tiny", "--count", "8", "--workers", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for arguments in (
+            ["--pool", "pool"], ["--lmdb", "lines"], ["--shards", "shards", "--source", "lmdb:lines"],
+            ["--clean", "lmdb:lines", "--output", "lines.tsv"], ["--clean", "pairs:pairs", "--output", "pairs.tsv"],
+        ):  # fmt: skip
+            assert dataset_command([*arguments, *common]) == 0, arguments
+    return folder
+
+
+@pytest.mark.parametrize(
+    "data",
+    ["synthetic", "pool:pool", "lmdb:lines", "lmdb:lines@lines.tsv", "pairs:pairs@pairs.tsv", "shards:shards"],
+)
+def test_a_run_learns_from_every_kind_of_data(sets, tmp_path, monkeypatch, data):
+    monkeypatch.chdir(sets)
+    config = TrainConfig("recognizer", output=tmp_path, data=data, steps=1, bar=False, **TINY)
+    train(config)
+    assert read_card(tmp_path)["recognizer"]["history"]["loss"][-1] > 0
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ("nothing", "unknown data 'nothing'"), ("lmdb:none", "none"), ("pool:lines", "lines"), ("shards:pool", "pool"),
+        ("pairs:lines", "lines"), ("lmdb:lines@none.tsv", "none.tsv is no index file"),
+        ("synthetic,pool:pool", "unknown data"),
+    ],
+)  # fmt: skip
+def test_data_that_is_not_there_is_named(sets, tmp_path, monkeypatch, data, message):
+    monkeypatch.chdir(sets)
+    with pytest.raises(ValueError, match=message):
+        train(TrainConfig("recognizer", output=tmp_path, data=data, steps=1, bar=False, **TINY))
 
 
 def test_a_damaged_checkpoint_is_passed_over(trained, tmp_path):
@@ -312,6 +384,25 @@ def test_the_best_weights_are_those_of_the_least_loss_on_unseen_lines(tmp_path):
     with pytest.raises(ValueError, match="--validation"):
         train_stage(replace(config, validation=None), "recognizer")
 
+
+def test_cards_of_any_age_are_drawn(tmp_path):
+    """The first cards had no gradient norms; those of the bound have a panel more."""
+    history = {"step": [1, 2], "loss": [2.0, 1.0]}
+    write_card(tmp_path / "run", "idm", {"history": history})
+    plain = draw_curves([tmp_path / "run"], tmp_path / "plain.png")
+    write_card(tmp_path / "run", "tdm", {"history": history | {"norm": [1.0, 2.0]}, "bound_by_t": [0.1] * 20})
+    more = draw_curves([tmp_path / "run"], tmp_path / "more.png")
+    (wide, high), (wider, higher) = (Image.open(path).size for path in (plain, more))
+    assert wider > 1.5 * wide and higher > 1.3 * high
+
+
+def test_captions_fit_under_their_pictures():
+    """A long text is written smaller, and where the truth was read wrongly it stands on a line of its own."""
+    grey, text = torch.zeros(1, 3, 64, 256), "ABCDEFGH" * 3
+    right = draw_sheet([grey, grey], [[text, text, text]], ["LR", "HR", "true text"])
+    wrong = draw_sheet([grey, grey], [[text, text, text[:-1]]], ["LR", "HR", "true text"])
+    assert (right[:, -6:] == 255).all() and (wrong[:, -6:] == 255).all()  # nothing runs over the border
+    assert wrong.shape[0] > right.shape[0]
 
 def test_looking_at_unseen_lines_changes_nothing(tmp_path):
     config = TrainConfig("vae", output=tmp_path, steps=4, overrides={"lpips": 0, "disc_start": 0}, **TINY)
