@@ -65,10 +65,12 @@ def relinked(text: str, page: Path) -> str:
         place = target.relative_to(ROOT)
         if place.as_posix() not in PAGES and target.suffix not in (".ipynb", ".webp"):
             return f"{match[1]}{address}/blob/main/{place.as_posix()}{match[3]}"
-        if page.suffix == ".md":
-            return match[0]  # mkdocs knows its own pages
-        link = re.sub(r"\.(md|ipynb)(?=$|#)", ".html", match[2])
-        return f"{match[1]}{'../index.html' if link == '../README.html' else link}{match[3]}"
+        link = match[2]
+        if place == Path("README.md"):
+            link = link.replace("README.md", "index.md")
+        if page.suffix == ".ipynb":  # in its own pages mkdocs does it
+            link = re.sub(r"\.(md|ipynb)(?=$|#)", ".html", link)
+        return f"{match[1]}{link}{match[3]}"
 
     return LINK.sub(replaced, text)
 

@@ -16,6 +16,7 @@ ADDRESS = build_site.maintain.settings()["project"]["urls"]["Repository"]
         ("notebooks/08_tdm.ipynb", "GLOSSARY.md#words", "GLOSSARY.html#words"),
         ("notebooks/08_tdm.ipynb", "../README.md", "../index.html"),
         ("README.md", "notebooks/GLOSSARY.md", "notebooks/GLOSSARY.md"),
+        ("README.zh.md", "README.md", "index.md"),
         ("README.md", "LICENSE", f"{ADDRESS}/blob/main/LICENSE"),
         ("README.md", "https://example.org/a.md", "https://example.org/a.md"),
         ("README.md", "no/such/file.md", "no/such/file.md"),
