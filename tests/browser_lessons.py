@@ -287,6 +287,7 @@ def main() -> int:
     options.add_argument("--seconds", type=float, default=900, help="how long a lesson may run")
     options.add_argument("--record", action="store_true", help="write data/benchmarks/widgets.json")
     chosen = options.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that JupyterLab ends with us
     names = maintain.lessons(chosen.names)
     chosen.output.mkdir(parents=True, exist_ok=True)
     visits = []
