@@ -7,6 +7,8 @@
 #   make sync                make each pair agree and export the package, after an edit
 #   make exercises           cut exercises/ out of the lessons, with stubs in place of solutions
 #   make run [NAMES=04_vae]  execute lessons in fresh kernels and store what they show
+#   make browser [NAMES=..]  open lessons in headless Chromium, run them, move their sliders: out/browser/
+#   make site                the lessons as a web site: out/site/index.html
 #   make bench               what a restoration costs on this machine
 #
 # PYTHON names another interpreter: make demo PYTHON=python3.12
@@ -20,7 +22,7 @@ IMAGES ?=
 
 test run: export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo lab test check sync exercises run bench
+.PHONY: help demo lab test check sync exercises run browser site bench
 .DEFAULT_GOAL := help
 
 help:
@@ -61,6 +63,12 @@ exercises: $(READY)
 
 run: $(READY)
 	$(PY) tests/maintain.py run $(NAMES)
+
+browser: $(READY)
+	$(PY) tests/browser_lessons.py $(NAMES)
+
+site: $(READY)
+	$(PY) tests/build_site.py
 
 bench: $(READY)
 	$(PY) tests/bench.py

@@ -1361,6 +1361,52 @@ plt.plot(line.centers * scale[0], np.full(len(line.text), 122), "v", color="tab:
 plt.axis("off")
 assert (np.diff(line.centers) > 0).all() and len(line.boxes) == len(line.text)
 
+# %% [markdown]
+# Each knob of a style by itself, on a text of your own. First as pictures, then alive:
+
+# %%
+TEXT = "茶馆 Tea House"  # yours: up to 24 characters that the typefaces hold
+
+
+def in_style(text: str, font: int = 0, **looks) -> tuple[np.ndarray, str]:
+    """The text in that face with that look, and what the caption says of it."""
+    drawn = renderer.render(text, np.random.default_rng(0), LineStyle(fonts[font], **looks))
+    return drawn.image, f"{fonts[font].name}, {drawn.image.shape[1]} x {drawn.image.shape[0]} pixels"
+
+
+knobs = [
+    {}, {"angle": 4}, {"spacing": 0.3}, {"stretch": 0.7}, {"bold": 3}, {"curve": 0.3}, {"shading": 0.4},
+    {"texture": 20.0}, {"grain": 20.0},
+]  # fmt: skip
+plt.figure(figsize=(9, 2))
+plt.imshow(contact_sheet([in_style(TEXT, **knob)[0] for knob in knobs]))
+plt.axis("off")
+for number, knob in enumerate(knobs):
+    print(number + 1, *knob.items())
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+import ipywidgets as widgets
+
+from difftsr.watch import live  # lesson 12c makes it
+
+live(
+    in_style,
+    text=widgets.Text(TEXT, continuous_update=False),
+    angle=widgets.FloatSlider(value=0, min=-6, max=6, step=0.5),
+    font=widgets.IntSlider(0, 0, len(fonts) - 1),
+    spacing=widgets.FloatSlider(value=0, min=-0.1, max=0.6, step=0.05),
+    stretch=widgets.FloatSlider(value=1, min=0.5, max=1.5, step=0.05),
+    bold=widgets.IntSlider(0, 0, 6),
+    curve=widgets.FloatSlider(value=0, min=-0.5, max=0.5, step=0.05),
+    shading=widgets.FloatSlider(value=0, min=0, max=0.8, step=0.1),
+    texture=widgets.FloatSlider(value=0, min=0, max=40, step=5),
+    grain=widgets.FloatSlider(value=0, min=0, max=40, step=5),
+)
+
+
+# %% [markdown]
+# A face that lacks one of your characters says so under the picture, and the picture stays as it was. That is the check of section 2 at work.
 
 # %% [markdown]
 # ## 5. What a class looks like

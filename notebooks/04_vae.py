@@ -1533,6 +1533,53 @@ sheet(x=x[:2], eight_cosines=linear[:2], autoencoder=deep[:2])
 assert lpips(x, deep).mean() < lpips(x, linear).mean()
 
 # %% [markdown]
+# And what does *its* latent say where? Take a line apart, let one channel be 0, its mean over all lines, and decode again:
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+with torch.no_grad():
+    z_line = vae.to_latent(x[:1])
+
+
+@torch.no_grad()
+def with_channel(channel: int, times: float) -> torch.Tensor:
+    """The line (1, 3, h, w) decoded from its latent with one channel multiplied."""
+    factors = torch.ones(1, z_line.shape[1], 1, 1)
+    factors[0, channel] = times
+    return vae.from_latent(z_line * factors)
+
+
+without = {f"channel_{k}_is_0": with_channel(k, 0.0) for k in range(z_line.shape[1])}
+names = list(without)
+rows = [names[k : k + 4] for k in range(0, len(names), 4)]
+sheet(**{", ".join(row): torch.cat([without[name] for name in row]) for row in rows})
+assert all(psnr(deep[:1], picture) < 60 for picture in without.values())  # every channel says something
+
+# %% [markdown]
+# Alive: choose a channel, and how many times itself it shall be. At −1 it says the opposite, at 3 it shouts. The upper picture is the channel itself.
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+import ipywidgets as widgets
+
+from difftsr.watch import live  # lesson 12c makes it
+
+
+def heard(channel: int, times: float) -> tuple[np.ndarray, str]:
+    """The channel in grey above the line that it changes."""
+    decoded = with_channel(channel, times)
+    grey = F.interpolate(times * z_line[:, [channel] * 3] / 3, size=decoded.shape[-2:])
+    both = torch.cat([grey, decoded], 2)[0].clamp(-1, 1).add(1).mul(127.5).byte().permute(1, 2, 0).numpy()
+    return both, f"{psnr(deep[:1], decoded):.1f} dB from what the whole latent gives"
+
+
+live(
+    heard,
+    times=widgets.FloatSlider(value=0, min=-2, max=4, step=0.5),
+    channel=widgets.IntSlider(0, 0, z_line.shape[1] - 1),
+)
+
+# %% [markdown]
 # ## Summary
 #
 # - The best linear folding is a handful of cosine patterns; a deep one starts there and learns to draw.

@@ -1513,6 +1513,48 @@ if classroom is not None:
     assert seen.tokens.shape == (3, 24, 5)
 
 # %% [markdown]
+# Where does it look while it writes? One line, and for every character the attention over the columns of the map, laid over the line in red:
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+if classroom is not None:
+    looker, page = classroom, torch.from_numpy(canvas[1:2]).permute(0, 3, 1, 2) / 127.5 - 1
+    words = seen.text(everyday)[1]
+    read_as = seen.best[1:2]
+else:
+    looker, page, read_as, words = reader, image, tokens, test["text"][i]
+with torch.no_grad():
+    features = looker.features(page)
+    _, attention, _ = looker.decode(looker.shifted(read_as), looker.columns(features))
+gaze = attention[0].mean(0).unflatten(-1, features.shape[-2:]).sum(1)  # (24, columns)
+
+
+def looking(character: int) -> tuple[np.ndarray, str]:
+    """The line, reddened where the decoder looks while it writes that character."""
+    share = gaze[character] / gaze[character].max()
+    red = F.interpolate(share[None, None], size=page.shape[-1], mode="linear")[0, 0]
+    plain = (page[0].expand(3, -1, -1) + 1) * 127.5
+    picture = plain + 0.7 * red * (torch.tensor([220.0, 30.0, 30.0])[:, None, None] - plain)
+    place = float((gaze[character] * (torch.arange(gaze.shape[1]) + 0.5)).sum() / gaze[character].sum() / gaze.shape[1])
+    return picture.byte().permute(1, 2, 0).numpy(), f"{words[character]!r}, centre at {place:.2f} of the width"
+
+
+rows = [looking(character)[0] for character in range(0, len(words), max(1, len(words) // 6))]
+fig, axes = plt.subplots(len(rows), 1, figsize=(5, 1.2 * len(rows)))
+for axis, row in zip(axes, rows, strict=True):
+    axis.imshow(row), axis.axis("off")
+plt.tight_layout(pad=0.2)
+plt.show()
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+import ipywidgets as widgets
+
+from difftsr.watch import live  # lesson 12c makes it
+
+live(looking, character=widgets.IntSlider(0, 0, len(words) - 1))
+
+# %% [markdown]
 # ## 15. The published network
 #
 # With `RecognizerConfig.paper()` the same class is the network of the paper: 83.9 million parameters, most of them in

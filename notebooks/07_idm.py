@@ -1159,6 +1159,33 @@ print("dB closer than the degraded line:", {t: f"{gain:.1f}" for t, gain in gain
 assert gains[50] > gains[999] and gains[600] > 0
 
 # %% [markdown]
+# The same with a slider for $t$ and one for the line. Above the noised latent $z_t$, in the middle what the network makes of it in one step, below the truth. Find the $t$ at which *you* can no longer read $z_t$: the network goes on for a while, since it also sees the degraded line.
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+import ipywidgets as widgets
+
+from difftsr.watch import live  # lesson 12c makes it
+
+small, steady = model.idm.eval(), noise  # later cells give these names to other things
+
+
+@torch.no_grad()
+def from_noise(t: int, line: int) -> tuple[np.ndarray, str]:
+    """z_t, the one-step estimate and the truth, one below the other, four times as large."""
+    text = Reading.of(unseen["tokens"][line : line + 1], unseen["centers"][line : line + 1])
+    z_0, z_lr, time = unseen["z_hr"][line : line + 1], unseen["z_lr"][line : line + 1], torch.tensor([t])
+    z_t = small.diffusion.q_sample(z_0, time, steady[line : line + 1])
+    guess, _ = small.predict(z_t, z_lr, time, small.context(text), text)
+    gain = 10 * torch.log10((z_lr - z_0).square().mean() / (guess - z_0).square().mean())
+    stack = F.interpolate(vae.from_latent(torch.cat([z_t, guess, z_0], 2)), scale_factor=4.0)
+    picture = stack[0].clamp(-1, 1).add(1).mul(127.5).byte().permute(1, 2, 0).numpy()
+    return picture, f"alpha_bar = {small.diffusion.alpha_bar[t]:.4f}; {gain:.1f} dB closer than the degraded line"
+
+
+live(from_noise, t=widgets.IntSlider(300, 0, 999), line=widgets.IntSlider(0, 0, 7))
+
+# %% [markdown]
 # From $t = 50$ the answer is almost in the input. From $t = 999$ the noisy half is pure noise: this column is what
 # the network makes of the degraded line and the text alone. It has the right colours and less noise, but after so few
 # steps it is hardly nearer to the truth than the degraded line; and however long one trains, where a network cannot

@@ -321,7 +321,7 @@ letters = MultinomialDiffusion(len(alphabet))
 line = alphabet.encode("DIFFUSIONFORTEXTANDIMAGE")[None]
 
 
-def drawn(character: int) -> str:
+def as_written(character: int) -> str:
     """One character as a picture shows it: "." for PAD, "?" for UNK."""
     return {PAD: ".", UNK: "?"}.get(character) or alphabet.decode(torch.tensor([character]))
 
@@ -333,7 +333,7 @@ left.set_xlabel("t"), left.legend()
 for row, t in enumerate(range(0, 1000, 111)):
     noised = letters.q_sample(line, t, torch.Generator().manual_seed(1))[0]
     for i, (character, same) in enumerate(zip(noised.tolist(), (noised == line[0]).tolist(), strict=True)):
-        right.text(i, row, drawn(character), color="black" if same else "tab:red", family="monospace", fontsize=12)
+        right.text(i, row, as_written(character), color="black" if same else "tab:red", family="monospace", fontsize=12)
 right.set(xlim=(-1, 24), ylim=(9.5, -0.7), yticks=range(10), yticklabels=range(0, 1000, 111), xticks=[], ylabel="t")
 plt.show()
 
@@ -345,7 +345,7 @@ slider, shown = widgets.IntSlider(value=500, min=0, max=999, description="t"), w
 def redraw(change: dict | None = None) -> None:
     """Show the same line at the t of the slider."""
     noised = letters.q_sample(line, slider.value, torch.Generator().manual_seed(1))[0]
-    shown.value = "".join(map(drawn, noised.tolist()))
+    shown.value = "".join(map(as_written, noised.tolist()))
 
 
 slider.observe(redraw, names="value")
@@ -1325,7 +1325,7 @@ for i, ax in enumerate(axes):
     rows = [*chain, ("reader", reading.best), ("truth", tokens)]
     for r, (_, row) in enumerate(rows):
         for j in range(10):
-            text = drawn(row[i, j].item())
+            text = as_written(row[i, j].item())
             ax.text(j, r, text, family="monospace", color="black" if row[i, j] == tokens[i, j] else "tab:red")
     ax.set(xlim=(-0.5, 10), ylim=(len(rows) - 0.3, -0.8), xticks=[], yticks=range(len(rows)))
     ax.set_yticklabels([f"t = {label}" if isinstance(label, int) else label for label, _ in rows] if i == 0 else [])

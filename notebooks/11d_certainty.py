@@ -375,11 +375,123 @@ if __name__ == "__main__" and "__file__" in globals():
 # - Three witnesses, one logistic regression of four numbers, found on dev lines.
 # - A reliability diagram says whether a confidence is honest, the Brier score whether it also tells right from wrong.
 #
-# ## Exercises
+# To try and to think about:
 #
 # 1. Leave out one witness at a time (set its evidence to 0.5). Which one is missed most?
 # 2. Why must the four numbers not be found on the lines on which the networks were trained?
+
+# %% [markdown]
+# ## Exercises
 #
+# The same tasks without solutions: [exercises/11d_certainty.ipynb](../exercises/11d_certainty.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import torch
+
+from difftsr.certainty import reliability
+from difftsr.exercises import check, near
+
+
+# %% [markdown]
+# ### 1 · Odds · ●○○ easy
+#
+# A probability of .9 is nine to one. Turn probabilities into log odds, and make sure that 0 and 1 stay finite: no witness is infinitely sure. Predict first: what are the log odds of .5?
+#
+# <details><summary>Hint</summary>
+#
+# $\log p - \log(1 - p)$, after `clamp` to `edge` and 1 − `edge`.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def odds(p: torch.Tensor, edge: float = 1e-4) -> torch.Tensor:
+    """Log odds of the shape of p."""
+    ### BEGIN SOLUTION
+    ### STUB: return p.log()
+    p = p.clamp(edge, 1 - edge)
+    return p.log() - (1 - p).log()
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+p = torch.rand(100, generator=torch.Generator().manual_seed(0)).double()
+check({
+    "even odds are a logarithm of 0": lambda: near(odds(torch.tensor([0.5])), [0.0]),
+    "0 and 1 must stay finite": lambda: torch.isfinite(odds(torch.tensor([0.0, 1.0]))).all(),
+    "p and 1 - p are opposites": lambda: near(odds(p), -odds(1 - p)),
+    "the sigmoid should bring them back": lambda: near(torch.sigmoid(odds(p)), p, 1e-3),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · Honest, but useless · ●●○ medium
+#
+# A forecaster who always says the mean is perfectly calibrated and knows nothing. Given which of n characters were right, return a list of confidences with an expected calibration error of 0 but the worst Brier score that an honest forecaster can have. Then think: why is the Brier score the better one to choose by?
+#
+# <details><summary>Hint</summary>
+#
+# Say the share that was right, for each of them.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def useless(right: list[bool]) -> list[float]:
+    """A confidence for each character."""
+    ### BEGIN SOLUTION
+    ### STUB: return [1.0 for _ in right]
+    return [sum(right) / len(right)] * len(right)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+truth = [True] * 7 + [False] * 3
+check({
+    "one confidence a character is wanted": lambda: len(useless(truth)) == len(truth),
+    "it is not honest: the calibration error is not 0": lambda: near(reliability(useless(truth), truth)["ece"], 0.0),
+    "its Brier score is not that of the mean, .7 x .3": lambda: near(reliability(useless(truth), truth)["brier"], 0.21),
+    "other characters, other mean": lambda: near(useless([True, False]), [0.5, 0.5]),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · A table of bins · ●●● hard
+#
+# Write the expected calibration error yourself: sort confidences into `bins` of equal width, take the distance between the mean confidence and the share that was right in each, and weigh it by how many fell into it. A confidence of exactly 1 belongs to the last bin, an empty bin to nobody.
+#
+# <details><summary>Hint</summary>
+#
+# `(sure * bins).long().clamp(max=bins - 1)` is the bin of each. For every bin that is not empty, add count / n · |mean confidence − share right|.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def calibration_error(sure: torch.Tensor, right: torch.Tensor, bins: int = 10) -> float:
+    """sure (n,) in [0, 1], right (n,) of 0 and 1."""
+    ### BEGIN SOLUTION
+    ### STUB: return float((sure.mean() - right.double().mean()).abs())
+    places = (sure * bins).long().clamp(max=bins - 1)
+    total = 0.0
+    for place in places.unique():
+        inside = places == place
+        total += float(inside.double().mean() * (sure[inside].mean() - right[inside].double().mean()).abs())
+    return total
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+dice = torch.Generator().manual_seed(1)
+sure, right = torch.rand(500, generator=dice).double(), (torch.rand(500, generator=dice) < 0.6).double()
+check({
+    "certain and right is an error of 0": lambda: near(calibration_error(torch.ones(3), torch.ones(3)), 0.0),
+    "too sure here and too modest there must not cancel": lambda: near(
+        calibration_error(torch.tensor([0.95, 0.05]), torch.tensor([0.0, 1.0])), 0.95),
+    "bins count by how many fall into them": lambda: near(
+        calibration_error(torch.tensor([0.95, 0.95, 0.95, 0.55]), torch.tensor([1.0, 1.0, 1.0, 0.0])), 0.175),
+    "it is not what the lesson's function finds": lambda: near(
+        calibration_error(sure, right), reliability(sure.tolist(), (right > 0).tolist())["ece"]),
+})  # fmt: skip
+
+# %% [markdown]
 # ## Where to go next
 #
 # Lesson 12 gives every restored line these confidences.

@@ -596,12 +596,130 @@ except ImportError as error:
 # - A line is cut where a column of pixels has one colour, near equal parts; the pieces overlap in the gap and are blended.
 # - A page is a detector, a homography to and fro, and a mask with soft edges. What needs no restoring is left alone.
 #
-# ## Exercises
+# To try and to think about:
 #
 # 1. Set `LAP` to 0 and look at the joins. Then set it to 0.5: what does the recogniser make of half a character?
 # 2. One cut went through a character, though through no ink. Which one, and why? What would tell the two kinds of gaps apart?
 # 3. A caption stands in white on a dark photograph. Does `ink` find its gaps? Why?
+
+# %% [markdown]
+# ## Exercises
 #
+# The same tasks without solutions: [exercises/12b_pages.ipynb](../exercises/12b_pages.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import numpy as np
+
+from difftsr.exercises import check, near
+
+
+# %% [markdown]
+# ### 1 · Two pieces, one picture · ●○○ easy
+#
+# Blend two pictures of equal size into one: the left one alone at the first column, the right one alone at the last, and a straight change between. Predict first: what does the middle column of black and white become?
+#
+# <details><summary>Hint</summary>
+#
+# `np.linspace(0, 1, width)[None, :, None]` is the weight of the right one.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def blended(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Pictures (h, w, 3) -> one of that shape."""
+    ### BEGIN SOLUTION
+    ### STUB: return (left + right) / 2
+    weight = np.linspace(0, 1, left.shape[1])[None, :, None]
+    return (1 - weight) * left + weight * right
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+black, white = np.zeros((4, 5, 3)), np.ones((4, 5, 3))
+check({
+    "the first column must be the left picture's": lambda: near(blended(black, white)[:, 0], black[:, 0]),
+    "the last column must be the right picture's": lambda: near(blended(black, white)[:, -1], white[:, -1]),
+    "two equal pictures must come out as they are": lambda: near(blended(white * 7, white * 7), white * 7),
+    "the change should be even": lambda: near(blended(black, white)[0, :, 0], [0, 0.25, 0.5, 0.75, 1]),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · The emptiest place near by · ●●○ medium
+#
+# Cut a line in two: `ink` says how much is written in each column. Among the columns within `reach` of the middle, choose the one with the least ink, and among equals the one nearest to the middle.
+#
+# <details><summary>Hint</summary>
+#
+# `min` with a key of two parts, (ink, distance from the middle).
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def cut(ink: np.ndarray, reach: int) -> int:
+    """The column (a plain int) at which to cut; the middle of w columns is w // 2."""
+    ### BEGIN SOLUTION
+    ### STUB: return len(ink) // 2
+    middle = len(ink) // 2
+    columns = range(max(0, middle - reach), min(len(ink), middle + reach + 1))
+    return min(columns, key=lambda column: (ink[column], abs(column - middle)))
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+ink = np.ones(21)
+ink[[2, 7, 8]] = 0.0
+check({
+    "a line without ink is cut in the middle": lambda: cut(np.zeros(21), 5) == 10,
+    "a gap within reach is better than the middle, and its near side is better still": lambda: cut(ink, 5) == 8,
+    "a gap out of reach does not count": lambda: cut(ink, 1) == 10,
+    "columns beyond the ends must not be asked for": lambda: cut(ink, 100) == 8,
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · Four corners and a matrix · ●●● hard
+#
+# Find the homography $H$, with $H_{33} = 1$, that maps four points onto four others. Each pair gives two linear equations in the eight unknown numbers; solve them.
+#
+# <details><summary>Hint</summary>
+#
+# From $x' (h_{31} x + h_{32} y + 1) = h_{11} x + h_{12} y + h_{13}$: a row (x, y, 1, 0, 0, 0, −x x', −y x') with x' on the right, and the like for y'. Then `np.linalg.solve`.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def homography(here: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Points (4, 2) and their images (4, 2) -> H (3, 3)."""
+    ### BEGIN SOLUTION
+    ### STUB: return np.eye(3)
+    rows, values = [], []
+    for (x, y), (u, v) in zip(here, there, strict=True):
+        rows += [[x, y, 1, 0, 0, 0, -x * u, -y * u], [0, 0, 0, x, y, 1, -x * v, -y * v]]
+        values += [u, v]
+    return np.append(np.linalg.solve(np.array(rows, dtype=float), np.array(values, dtype=float)), 1.0).reshape(3, 3)
+    ### END SOLUTION
+
+
+def mapped(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Points (n, 2) through a homography."""
+    far = np.hstack([points, np.ones((len(points), 1))]) @ np.asarray(matrix).T
+    return far[:, :2] / far[:, 2:]
+
+
+# %% tags=["check"]
+square = np.array([[0.0, 0], [4, 0], [4, 1], [0, 1]])
+slanted = np.array([[1.0, 2], [8, 1], [9, 4], [0.5, 5]])
+check({
+    "a matrix of 3 x 3 with a 1 in its corner is wanted": lambda: homography(square, slanted).shape == (3, 3)
+    and near(homography(square, slanted)[2, 2], 1.0),
+    "points that stay give the identity": lambda: near(homography(square, square), np.eye(3)),
+    "the corners must land on the corners": lambda: near(mapped(homography(square, slanted), square), slanted),
+    "there and back is where one was": lambda: near(
+        mapped(homography(slanted, square), mapped(homography(square, slanted), square + 0.3)), square + 0.3),
+})  # fmt: skip
+
+# %% [markdown]
 # ## Where to go next
 #
 # Lesson 12d makes a command of all this: `python -m difftsr.restore photo.jpg --page --output restored`.

@@ -67,7 +67,7 @@ where_it_sits("watch")
 # %%
 #| export
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -264,6 +264,55 @@ player(frames)
 
 
 # %% [markdown]
+# Frames are made beforehand. Where a picture depends on several knobs, or on a number with a thousand values, it has to be drawn when it is asked for. `live` does that, and the other lessons borrow it: a function gets the value of each control and answers with a picture and a line of text.
+
+# %%
+#| export
+def live(draw: Callable[..., tuple[np.ndarray, str]], **controls):
+    """A widget: a picture with a caption, drawn anew by `draw(**values)` whenever one of the controls moves.
+
+    controls are widgets of ipywidgets with a value; `draw` gets their values by name and returns a picture (h, w, 3),
+    uint8, and its caption. A `ValueError` that it raises is shown as the caption. Needs ipywidgets (extra "lessons").
+    """
+    import ipywidgets
+
+    picture, caption = ipywidgets.Image(format="png"), ipywidgets.Label()
+
+    def redraw(change: dict | None = None) -> None:
+        try:
+            image, caption.value = draw(**{name: control.value for name, control in controls.items()})
+        except ValueError as error:
+            caption.value = str(error)
+        else:
+            picture.value = cv2.imencode(".png", image[..., ::-1])[1].tobytes()
+
+    for name, control in controls.items():
+        control.description = control.description or name
+        control.observe(redraw, "value")
+    redraw()
+    return ipywidgets.VBox([*controls.values(), picture, caption])
+
+
+# %% [markdown]
+# How sure must a position be before we take its character? Move the bar: what is less likely than it becomes a dot. Early on only the first characters pass, in the end almost all.
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+import ipywidgets as widgets
+
+
+def sure(step: int, least: float) -> tuple[np.ndarray, str]:
+    """A frame, and the characters of its text that are likelier than `least`."""
+    text = watched.trace[step].text
+    found = zip(text.best[0], text.probs[0, :, 0], strict=True)
+    drawn = "".join(model.alphabet.decode(c[None]) if p > least and c != PAD else "·" for c, p in found)
+    return np.asarray(frames[step]), f"sure of: {drawn}"
+
+
+live(sure, step=widgets.IntSlider(9, 0, len(frames) - 1), least=widgets.FloatSlider(value=0.5, min=0, max=1, step=0.05))
+
+
+# %% [markdown]
 # ## 5. A film to send
 #
 # The same frames as a GIF, which every browser shows, or as an MP4, which is smaller.
@@ -331,11 +380,118 @@ save_trace(watched.trace, folder / "trace.safetensors")
 # - A trace keeps every $z_t$ and $c_t$, and only when asked for.
 # - Entropy per position shows when the text is decided; $\hat z_0$ shows when the picture is.
 #
+# Two things to try with the player: give a wrong `text` and see which of the two diffusions notices; and play 5, 20 and 100 steps: at which $t$ does the layout appear, and at which the strokes?
+
+# %% [markdown]
 # ## Exercises
 #
-# 1. Give a wrong `text` and watch again. Which of the two diffusions notices?
-# 2. Play 5, 20 and 100 steps. At which $t$ does the layout appear, and at which the strokes?
+# The same tasks without solutions: [exercises/12c_watch.ipynb](../exercises/12c_watch.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import torch
+
+from difftsr.exercises import check, near
+
+
+# %% [markdown]
+# ### 1 · Bits · ●○○ easy
 #
+# Write the entropy in bits of distributions along the last axis. A probability of zero adds nothing; mind what a computer makes of $0 \cdot \log 0$. Predict first: how many bits has a fair die with 3,892 sides, as many as the classroom alphabet has classes?
+#
+# <details><summary>Hint</summary>
+#
+# Keep the logarithm away from zero with `clamp`, or look for `torch.special.entr`, which counts in nats.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def bits(p: torch.Tensor) -> torch.Tensor:
+    """Entropies of distributions (..., k): (...)."""
+    ### BEGIN SOLUTION
+    ### STUB: return -(p * p.log2()).sum()
+    return torch.special.entr(p).sum(-1) / torch.log(torch.tensor(2.0))
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check({
+    "a certain answer has no bits, and no nan": lambda: near(bits(torch.tensor([0.0, 1.0, 0.0])), 0.0),
+    "each distribution of a batch needs its own number": lambda: bits(torch.full((2, 3, 4), 0.25)).shape == (2, 3),
+    "eight equals are three bits": lambda: near(bits(torch.full((8,), 1 / 8)), 3.0),
+    "a fair die of 3,892 sides has nearly twelve": lambda: near(bits(torch.full((3892,), 1 / 3892)), 11.926, 1e-3),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · From when on is it settled? · ●●○ medium
+#
+# `texts` has a row of character classes for each step. For each position, find the first step from which on the character stays what it is in the end. A character that appears, goes and comes back counts from its last return.
+#
+# <details><summary>Hint</summary>
+#
+# Compare all rows with the last one. A position is settled at a step when it is equal there *and at every later step*: a product that runs from the end to the front (`flip`, `cumprod`), then count.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def settled(texts: torch.Tensor) -> torch.Tensor:
+    """Texts (steps, n) -> the step (n,) from which each position no longer changes."""
+    ### BEGIN SOLUTION
+    ### STUB: return (texts == texts[-1]).int().argmax(0)
+    stays = (texts == texts[-1]).int().flip(0).cumprod(0)
+    return len(texts) - stays.sum(0)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+texts = torch.tensor([[5, 5, 5, 1], [5, 6, 7, 2], [5, 5, 7, 3], [5, 5, 7, 4]])
+check({
+    "what never changes is settled at step 0": lambda: int(settled(texts)[0]) == 0,
+    "what left and came back is settled only when it is back": lambda: int(settled(texts)[1]) == 2,
+    "what changes at the last step is settled at the last step": lambda: int(settled(texts)[3]) == 3,
+    "one number a position, in its order": lambda: settled(texts).tolist() == [0, 2, 1, 3],
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · A film that lingers where something happens · ●●● hard
+#
+# A GIF counts time in hundredths of a second, and browsers slow down a frame that asks for fewer than 2. Give `total` hundredths to frames in proportion to how much each changes: every frame gets its 2, the rest is shared by `change`, and the sum is exact. Rounding each share alone loses or wins some hundredths; give what is left over to the frames that rounding down cost most.
+#
+# <details><summary>Hint</summary>
+#
+# `spare = total - 2 * len(change)`; the shares are `spare * change / change.sum()`, rounded down. So many hundredths are missing; `argsort` the fractions, descending and stable, and give one to each of the first. Think of `change` being all zero.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def durations(change: torch.Tensor, total: int) -> torch.Tensor:
+    """Changes (n,), not negative -> hundredths of a second (n,), whole, at least 2 each, together `total`."""
+    ### BEGIN SOLUTION
+    ### STUB: return (total * change / change.sum()).round().long()
+    spare = total - 2 * len(change)
+    weights = change.double() if change.sum() > 0 else torch.ones(len(change), dtype=torch.float64)
+    shares = spare * weights / weights.sum()
+    whole = shares.floor().long()
+    first = (whole - shares).argsort(stable=True)[: spare - int(whole.sum())]
+    whole[first] += 1
+    return whole + 2
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+changes = torch.rand(20, generator=torch.Generator().manual_seed(4)) ** 4
+check({
+    "a frame without change still needs 2 hundredths": lambda: int(durations(torch.tensor([0.0, 1.0]), 100)[0]) == 2,
+    "the hundredths do not add up": lambda: int(durations(changes, 401).sum()) == 401,
+    "where nothing changes all frames are alike": lambda: durations(torch.zeros(4), 40).tolist() == [10] * 4,
+    "twice the change should linger twice as long, apart from the 2": lambda: durations(
+        torch.tensor([1.0, 2.0]), 304).tolist() == [102, 202],
+    "the frames that rounding cost most come first": lambda: durations(
+        torch.tensor([0.3, 0.3, 0.4]), 8).tolist() == [3, 2, 3],
+})  # fmt: skip
+
+# %% [markdown]
 # ## Where to go next
 #
 # `python -m difftsr.restore line.png --animate gif --output restored` makes the film of your own line (lesson 12d).

@@ -610,11 +610,154 @@ for name, megabytes in costs.items():
 # - Whole or not at all, nothing overwritten, and a fingerprint of bytes, settings and weights says what is finished.
 # - A record a picture, and two ways to print it.
 #
-# ## Exercises
+# To try and to think about:
 #
 # 1. Stop a batch of 50 lines with Ctrl-C, give the command again, and find out from `--json` which were skipped.
 # 2. Why is the report written before the picture? Find the order of events in which the other way round loses something.
+
+# %% [markdown]
+# ## Exercises
 #
+# The same tasks without solutions: [exercises/12d_command.ipynb](../exercises/12d_command.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import os
+import tempfile
+from pathlib import Path
+
+from difftsr.exercises import check
+
+
+# %% [markdown]
+# ### 1 · One line that names the file · ●○○ easy
+#
+# Write what a person reads when a file could not be restored: `name: reason` on one line. The reason of an exception may have several lines, or none at all; then its type has to do.
+#
+# <details><summary>Hint</summary>
+#
+# `str(error)`, split into lines, the first that is not empty; else `type(error).__name__`.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def complaint(name: str, error: Exception) -> str:
+    """One line without a line break at its end."""
+    ### BEGIN SOLUTION
+    ### STUB: return f"{name}: {error}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{name}: {lines[0] if lines else type(error).__name__}"
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check({
+    "the file should be named, and why it failed": lambda: complaint("a.png", ValueError("no")) == "a.png: no",
+    "only one line is wanted": lambda: complaint("a.png", OSError("no\nTraceback ...")) == "a.png: no",
+    "an exception without words still has a type": lambda: complaint("a.png", KeyError()) == "a.png: KeyError",
+    "an empty first line says nothing": lambda: complaint("a.png", OSError("\nfull")) == "a.png: full",
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · Whole or not at all · ●●○ medium
+#
+# Write text to a file so that whoever looks at `path`, at any moment, sees the old content or the new one, never a part; and so that nothing of a failed attempt stays behind. The text comes in pieces from an iterator that may raise.
+#
+# <details><summary>Hint</summary>
+#
+# Write the pieces to a neighbour such as `path.with_name(path.name + ".tmp")`, then `os.replace`. In `except BaseException`, `unlink` the neighbour and `raise`.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def write_whole(path: Path, pieces) -> None:
+    """Write the strings that `pieces` gives."""
+    ### BEGIN SOLUTION
+    ### STUB: with path.open("w") as file:
+    ### STUB:     file.writelines(pieces)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("w") as file:
+            file.writelines(pieces)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    ### END SOLUTION
+
+
+def interrupted():
+    """A piece, and then the power fails."""
+    yield "half"
+    raise InterruptedError
+
+
+def after(pieces) -> tuple[str, list[str], bool]:
+    """What stands in an old file after an attempt, which files there are, and whether the attempt raised."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, raised = Path(folder, "a.txt"), False
+        path.write_text("old")
+        try:
+            write_whole(path, pieces)
+        except InterruptedError:
+            raised = True
+        return path.read_text(), os.listdir(folder), raised
+
+
+# %% tags=["check"]
+check({
+    "all pieces should arrive": lambda: after(iter(["n", "ew"]))[0] == "new",
+    "after a failure the old content must stand there": lambda: after(interrupted())[0] == "old",
+    "after a failure nothing else may lie in the folder": lambda: after(interrupted())[1] == ["a.txt"],
+    "a failure must be heard of": lambda: after(interrupted())[2],
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · Finished, and not merely there · ●●● hard
+#
+# An interrupted batch goes on: which inputs still have to be done? `done` maps names to fingerprints as the reports hold them; `inputs` maps names to bytes; `settings` is a dictionary. A fingerprint shall depend on the bytes, on the settings whatever their order, and on nothing else, and (["ab", "c"], ["a", "bc"]) must not be confused.
+#
+# <details><summary>Hint</summary>
+#
+# Hash each part by itself, or put its length before it; `sorted(settings.items())` has one order. `hashlib.sha256`.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def mark(content: bytes, settings: dict) -> str:
+    """The fingerprint of a result."""
+    ### BEGIN SOLUTION
+    ### STUB: return str(len(content))
+    import hashlib
+
+    parts = [content, repr(sorted(settings.items())).encode()]
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
+    ### END SOLUTION
+
+
+def left_to_do(inputs: dict[str, bytes], settings: dict, done: dict[str, str]) -> list[str]:
+    """Names, in the order of `inputs`."""
+    ### BEGIN SOLUTION
+    ### STUB: return [name for name in inputs if name not in done]
+    return [name for name, content in inputs.items() if done.get(name) != mark(content, settings)]
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+files = {"a": b"one", "b": b"two", "c": b"six"}
+asked = {"steps": 1, "seed": 0}
+check({
+    "equal bytes and settings must have equal marks, in whatever order": lambda: mark(b"one", asked)
+    == mark(b"one", {"seed": 0, "steps": 1}),
+    "other bytes of the same length need another mark": lambda: len({mark(x, asked) for x in files.values()}) == 3,
+    "other settings need another mark": lambda: mark(b"one", asked) != mark(b"one", asked | {"seed": 1}),
+    "without reports everything is left, in order": lambda: left_to_do(files, asked, {}) == ["a", "b", "c"],
+    "what was made from the same is finished; a file that changed is not": lambda: left_to_do(
+        files, asked, {"a": mark(b"one", asked), "b": mark(b"old", asked)}) == ["b", "c"],
+})  # fmt: skip
+
+# %% [markdown]
 # ## Where to go next
 #
 # Lesson 13 trains what was used here.

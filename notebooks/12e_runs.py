@@ -547,13 +547,129 @@ shutil.rmtree(folder)
 # - Weights travel with a card that says how they were made.
 # - Look at curves *and* at lines: neither tells the whole story.
 #
-# ## Exercises
+# To try and to think about:
 #
 # 1. How many hours of work can be lost if a checkpoint is written every 500 steps and a step takes 1.2 s? What does
 #    `--checkpoint-every 10min` change?
 # 2. Move `os.replace` of lesson 01's `written_whole` before its `fsync`. Which crash loses a checkpoint now, and why
 #    does no test notice?
+
+# %% [markdown]
+# ## Exercises
 #
+# The same tasks without solutions: [exercises/12e_runs.ipynb](../exercises/12e_runs.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import math
+
+import torch
+
+from difftsr.exercises import check, near
+
+
+# %% [markdown]
+# ### 1 · What a power cut costs · ●○○ easy
+#
+# A checkpoint every `every` steps, a step of `seconds`. How many seconds of work does a power cut cost at worst, and how many on average? Then count the other price: the share of the time that goes into writing, when one checkpoint takes `writing` seconds.
+#
+# <details><summary>Hint</summary>
+#
+# At worst all steps since the last checkpoint; on average half of them. The share is writing / (every · seconds + writing).
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def prices(every: int, seconds: float, writing: float) -> tuple[float, float, float]:
+    """Seconds lost at worst, on average, and the share of time spent writing."""
+    ### BEGIN SOLUTION
+    ### STUB: return every * seconds, every * seconds, 0.0
+    work = every * seconds
+    return work, work / 2, writing / (work + writing)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check({
+    "500 steps of 1.2 s are ten minutes at worst": lambda: near(prices(500, 1.2, 3)[0], 600.0),
+    "a power cut comes at any moment: half of that on average": lambda: near(prices(500, 1.2, 3)[1], 300.0),
+    "writing for as long as working is half of the time": lambda: near(prices(10, 1.0, 10.0)[2], 0.5),
+    "writing that takes no time costs nothing": lambda: near(prices(500, 1.2, 0.0)[2], 0.0),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · A calmer curve · ●●○ medium
+#
+# A loss jumps from batch to batch. Write the running mean $m_k = (1 - w)\, m_{k-1} + w\, x_k$ with $m_0 = 0$, and divide it by $1 - (1 - w)^k$, so that the first values are not drawn towards 0. A value that is not finite (one bad batch) is left out and repeats the last mean.
+#
+# <details><summary>Hint</summary>
+#
+# Count the values that you took: the correction needs their number, not the number of the step.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def smoothed(values: list[float], w: float = 0.1) -> list[float]:
+    """A mean for each value; nan before the first finite one."""
+    ### BEGIN SOLUTION
+    ### STUB: return list(values)
+    mean, taken, curve = 0.0, 0, []
+    for value in values:
+        if math.isfinite(value):
+            mean, taken = (1 - w) * mean + w * value, taken + 1
+        curve.append(mean / (1 - (1 - w) ** taken) if taken else math.nan)
+    return curve
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+noisy = (3 + torch.randn(400, generator=torch.Generator().manual_seed(0))).tolist()
+check({
+    "what never changes should stay as it is, from the first value on": lambda: near(smoothed([2.0] * 5), [2.0] * 5),
+    "the first mean is the first value": lambda: near(smoothed([8.0, 0.0], 0.5)[0], 8.0),
+    "then values count by how recent they are": lambda: near(smoothed([8.0, 2.0], 0.5)[1], 4.0),
+    "one bad batch must not spoil the curve": lambda: near(smoothed([1.0, math.nan, math.inf, 1.0]), [1.0] * 4),
+    "the end of a long curve should be calm": lambda: torch.tensor(smoothed(noisy, 0.02)[200:]).std() < 0.2,
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · Which checkpoints to keep · ●●● hard
+#
+# Disks are small. Of the steps at which checkpoints lie, keep the newest `recent` and, of the rest, those that are the last one at or before a multiple of `each` (so that one can go back to any stage of the run). Never delete the only one. Return the steps to *delete*, in order.
+#
+# <details><summary>Hint</summary>
+#
+# For every multiple of `each` up to the newest step, the largest step that is not above it. All others, less the newest `recent`, may go.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def to_delete(steps: list[int], recent: int, each: int) -> list[int]:
+    """The steps whose checkpoints may go, ascending."""
+    ### BEGIN SOLUTION
+    ### STUB: return sorted(steps)[:-recent]
+    steps = sorted(steps)
+    kept = set(steps[-max(1, recent):])
+    for multiple in range(each, steps[-1] + 1 if steps else 0, each):
+        kept.update([step for step in steps if step <= multiple][-1:])
+    return [step for step in steps if step not in kept]
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+run = list(range(500, 10_500, 500))
+check({
+    "the newest ones must stay": lambda: not set(to_delete(run, 3, 100_000)) & {9000, 9500, 10_000},
+    "and so must the milestones": lambda: not set(to_delete(run, 1, 4000)) & {4000, 8000, 10_000},
+    "everything else goes, in order": lambda: to_delete(run, 2, 5000)
+    == [step for step in run if step not in (5000, 9500, 10_000)],
+    "where no checkpoint lies on a multiple, the one before it stays": lambda: to_delete(
+        [900, 1900, 2100, 2900], 1, 1000) == [2100],
+    "the only checkpoint is never deleted, whatever is asked": lambda: to_delete([700], 0, 1000) == [],
+})  # fmt: skip
+
+# %% [markdown]
 # ## Where to go next
 #
 # Lesson 13 puts all of this around the loop that trains the five networks.

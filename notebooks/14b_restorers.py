@@ -535,11 +535,141 @@ plt.show()
 # - Results are kept by content, so a run that was killed goes on, and nothing is restored twice.
 # - Every line belongs to slices: strength, script, length, collection.
 #
-# ## Exercises
+# To try and to think about:
 #
 # 1. Add a restorer of your own to the table and look at its pictures. What must its identity say?
 # 2. Change one pixel of a line. Which files of the cache are found again, and which are not?
+
+# %% [markdown]
+# ## Exercises
 #
+# The same tasks without solutions: [exercises/14b_restorers.ipynb](../exercises/14b_restorers.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import hashlib
+
+import numpy as np
+
+from difftsr.exercises import check, near
+
+
+# %% [markdown]
+# ### 1 · Nothing is a restorer, too · ●○○ easy
+#
+# Every comparison needs a row that costs nothing. Write the restorer that only enlarges: each pixel becomes a block of `factor` x `factor`. Predict first: on which measure will it beat a good restorer?
+#
+# <details><summary>Hint</summary>
+#
+# `np.repeat` twice, along axis 0 and along axis 1.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def enlarge(image: np.ndarray, factor: int) -> np.ndarray:
+    """(h, w, 3) uint8 -> (factor h, factor w, 3) uint8."""
+    ### BEGIN SOLUTION
+    ### STUB: return image
+    return image.repeat(factor, axis=0).repeat(factor, axis=1)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+image = np.random.default_rng(0).integers(0, 256, (3, 5, 3), dtype=np.uint8)
+check({
+    "height and width grow by the factor": lambda: enlarge(image, 4).shape == (12, 20, 3),
+    "the pixels stay bytes": lambda: enlarge(image, 2).dtype == np.uint8,
+    "each block is one pixel": lambda: all(near(enlarge(image, 4)[k::4, k::4], image) for k in range(4)),
+    "a factor of 1 changes nothing": lambda: near(enlarge(image, 1), image),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · A name for what something is · ●●○ medium
+#
+# Write the name under which a cache keeps a result: a hash of some parts, each bytes or an array. Two arrays with equal bytes but other shapes or types are different inputs, and the parts [ab, c] are not [a, bc].
+#
+# <details><summary>Hint</summary>
+#
+# For an array, hash `repr((shape, dtype))` and the bytes. Put the length of each part before it.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def name_of(*parts: bytes | np.ndarray) -> str:
+    """Hexadecimal digits."""
+    ### BEGIN SOLUTION
+    ### STUB: return hashlib.sha256(b"".join(bytes(part) for part in parts)).hexdigest()
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            part = repr((part.shape, str(part.dtype))).encode() + part.tobytes()
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+grey = np.arange(12, dtype=np.uint8)
+check({
+    "equal parts must have one name, also as another array": lambda: name_of(b"x", grey) == name_of(b"x", grey.copy()),
+    "one other pixel is another name": lambda: name_of(grey) != name_of(grey + 1),
+    "another shape is another picture": lambda: name_of(grey.reshape(3, 4)) != name_of(grey.reshape(4, 3)),
+    "another type is another picture": lambda: name_of(grey) != name_of(grey.view(np.int8)),
+    "where one part ends and the next begins must count": lambda: name_of(b"ab", b"c") != name_of(b"a", b"bc"),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · A cache that does not hide failures · ●●● hard
+#
+# `cached(store, key, make)` returns what the dictionary `store` holds under `key`, and otherwise calls `make()`, keeps its answer and returns it. When `make` raises, nothing is kept and the exception goes on: a later call tries again. And an answer of None is an answer.
+#
+# <details><summary>Hint</summary>
+#
+# `if key not in store`, not `store.get(key) or ...`. Keep it only after `make()` has returned.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def cached(store: dict, key: str, make):
+    """The value of the key."""
+    ### BEGIN SOLUTION
+    ### STUB: return store.get(key)
+    if key not in store:
+        store[key] = make()
+    return store[key]
+    ### END SOLUTION
+
+
+def calls(answers: list) -> tuple[list, int, dict]:
+    """Ask three times for one key, with a `make` that gives one answer after the other and raises exceptions."""
+    store, left, seen = {}, list(answers), []
+
+    def make():
+        answer = left.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    for _ in range(3):
+        try:
+            seen.append(cached(store, "key", make))
+        except OSError:
+            seen.append("failed")
+    return seen, len(answers) - len(left), store
+
+
+# %% tags=["check"]
+check({
+    "what is missing should be made, and made once": lambda: calls([7, 8, 9])[:2] == ([7, 7, 7], 1),
+    "it should be kept under its key": lambda: calls([7, 8, 9])[2] == {"key": 7},
+    "a failure must be heard of, and tried again": lambda: calls([OSError(), OSError(), 5])[0]
+    == ["failed", "failed", 5],
+    "a failure must leave nothing in the store": lambda: calls([OSError()] * 3)[2] == {},
+    "None, 0 and the empty text are answers": lambda: all(calls([x, 8, 9])[1] == 1 for x in (None, 0, "")),
+})  # fmt: skip
+
+# %% [markdown]
 # ## Where to go next
 #
 # Lesson 14c measures what the restorers made.

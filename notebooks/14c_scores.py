@@ -438,11 +438,134 @@ assert Bar("psnr", "hard", margin=1).judge(table_by_hand, metrics(["v6"]))["met"
 # - Every figure has an interval, drawn by texts; two results are compared by their differences on the same lines.
 # - A bar is one figure against a limit, and a report says whether it was met.
 #
-# ## Exercises
+# To try and to think about:
 #
 # 1. Give `toy` four lines that all get worse by .1. Do the intervals of the two means say so? Does the difference?
 # 2. Write a bar that says: restored lines must be read at least as well as those of Real-ESRGAN.
+
+# %% [markdown]
+# ## Exercises
 #
+# The same tasks without solutions: [exercises/14c_scores.ipynb](../exercises/14c_scores.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import numpy as np
+
+from difftsr.exercises import check, near
+
+
+# %% [markdown]
+# ### 1 · How sure is a mean? · ●○○ easy
+#
+# The standard error of a mean is $s / \sqrt n$, with the sample's standard deviation $s$ (divide by $n - 1$). Return the mean and the 95 % interval that reaches 1.96 standard errors to both sides. Predict first: how many times as many lines halve the interval?
+#
+# <details><summary>Hint</summary>
+#
+# `values.std(ddof=1)`.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean, lower and upper end."""
+    ### BEGIN SOLUTION
+    ### STUB: return values.mean(), values.min(), values.max()
+    mean, reach = values.mean(), 1.96 * values.std(ddof=1) / np.sqrt(len(values))
+    return mean, mean - reach, mean + reach
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+def width(values: np.ndarray) -> float:
+    """Of the interval."""
+    return interval(values)[2] - interval(values)[1]
+
+
+scores = np.random.default_rng(0).random(50)
+check({
+    "the mean should lie in the middle": lambda: near([interval(scores)[0], sum(interval(scores)[1:]) / 2],
+                                                      [scores.mean()] * 2),
+    "equal scores leave no doubt": lambda: near(interval(np.full(9, 0.5)), [0.5, 0.5, 0.5]),
+    "it is not 1.96 standard errors to both sides": lambda: near(width(np.array([0.0, 1.0])), 1.96),
+    "four times as many lines should about halve it": lambda: near(
+        width(np.tile(scores, 4)) / width(scores), 0.5, 0.02),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · The same lines twice · ●●○ medium
+#
+# Two restorers were scored on the same lines. Return whether the second is better by more than chance: whether the 95 % interval of the *differences* lies above 0. Lines differ far more from each other than restorers do; comparing two intervals would drown the effect in them.
+#
+# <details><summary>Hint</summary>
+#
+# `interval` of task 1, of b − a. Better means that its lower end is above 0.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def better(a: np.ndarray, b: np.ndarray) -> bool:
+    """Scores (n,) of two restorers on the same lines, more is better."""
+    ### BEGIN SOLUTION
+    ### STUB: return b.mean() - b.std() > a.mean() + a.std()
+    difference = b - a
+    return bool(difference.mean() > 1.96 * difference.std(ddof=1) / np.sqrt(len(difference)))
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+dice = np.random.default_rng(1)
+easy_and_hard = dice.random(60)
+little = easy_and_hard + 0.02 + 0.01 * dice.standard_normal(60)
+check({
+    "a small gain on every line is a gain": lambda: better(easy_and_hard, little) is True,
+    "a loss is none": lambda: better(little, easy_and_hard) is False,
+    "a restorer is not better than itself": lambda: better(little, little) is False,
+    "chance should rarely be taken for a gain": lambda: sum(
+        better(easy_and_hard, easy_and_hard + 0.1 * np.random.default_rng(k).standard_normal(60))
+        for k in range(100)) <= 8,
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · Four strengths of one text are one witness · ●●● hard
+#
+# In `data/eval` each text appears at several strengths, and their scores rise and fall together. Resample *texts*, not lines: draw as many texts as there are, with repetition, take all lines of each, and repeat. Return the standard deviation of the means. Then compare it with resampling lines, and say which of the two is honest.
+#
+# <details><summary>Hint</summary>
+#
+# Sums and counts of each text once; then a mean is the sum of the drawn sums over the sum of the drawn counts.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def doubt(scores: np.ndarray, texts: np.ndarray, rounds: int, rng: np.random.Generator) -> float:
+    """Standard deviation of the mean over resampled texts; scores (n,), texts (n,) name the text of each line."""
+    ### BEGIN SOLUTION
+    ### STUB: return scores.std(ddof=1) / np.sqrt(len(scores))
+    _, which = np.unique(texts, return_inverse=True)
+    sums, counts = np.bincount(which, scores), np.bincount(which)
+    drawn = rng.integers(0, len(sums), (rounds, len(sums)))
+    return float((sums[drawn].sum(1) / counts[drawn].sum(1)).std())
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+dice = np.random.default_rng(2)
+own = dice.random(40)  # one score a text
+alike = np.repeat(own, 4)  # four strengths that all say the same
+names = np.repeat(np.arange(40), 4)
+check({
+    "one text has nothing to be drawn from": lambda: near(doubt(own[:4], np.zeros(4), 50, dice), 0.0),
+    "it is a share of the spread of the texts": lambda: abs(
+        doubt(own, np.arange(40), 4000, dice) / (own.std() / np.sqrt(40)) - 1) < 0.1,
+    "four copies of each text must not look like more witnesses": lambda: abs(
+        doubt(alike, names, 4000, dice) / doubt(own, np.arange(40), 4000, dice) - 1) < 0.1,
+    "the order of the lines should not matter": lambda: abs(
+        doubt(alike[::-1], names[::-1], 4000, dice) / doubt(alike, names, 4000, dice) - 1) < 0.1,
+})  # fmt: skip
+
+# %% [markdown]
 # ## Where to go next
 #
 # Lesson 14d writes figures down for people to read.

@@ -557,11 +557,124 @@ print(comparison_text(compare(toy_report(0.5), toy_report(0.75)), "old", "new"))
 # - A report says which bars were met, and shows its worst line first.
 # - Two reports are compared line by line.
 #
-# ## Exercises
+# To try and to think about:
 #
 # 1. Which lines of the contact sheets would you have read better than the judge?
 # 2. Give two reports of one run to `compare` after you swapped two readings in one of them. Is it seen?
+
+# %% [markdown]
+# ## Exercises
 #
+# The same tasks without solutions: [exercises/14d_report.ipynb](../exercises/14d_report.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import unicodedata
+
+from difftsr.exercises import check
+
+
+# %% [markdown]
+# ### 1 · As many places as it takes · ●○○ easy
+#
+# Write a mean whose interval reaches `reach` to both sides, with no more decimals than deserve to be read: none where `reach` is 10 or more, one from 1, two from .1, three below. Predict first: what is wrong with a table that says 23.4817 ± 2.1?
+#
+# <details><summary>Hint</summary>
+#
+# Count how many of the limits 10, 1 and .1 lie above `reach`; `f'{value:.{places}f}'` takes a variable number of places.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def rounded(value: float, reach: float) -> str:
+    """For example 23.5 for 23.4817 and 2.1."""
+    ### BEGIN SOLUTION
+    ### STUB: return str(value)
+    places = sum(reach < limit for limit in (10, 1, 0.1))
+    return f"{value:.{places}f}"
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check({
+    "with a reach of 2.1, one decimal is enough": lambda: rounded(23.4817, 2.1) == "23.5",
+    "a rough number should have no decimals": lambda: rounded(123.4, 40) == "123",
+    "a fine one should have three": lambda: rounded(0.87049, 0.012) == "0.870",
+    "the limits themselves belong to the coarser side": lambda: rounded(5, 10) == "5" and rounded(5, 1) == "5.0",
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · Chinese is twice as wide · ●●○ medium
+#
+# In a terminal, a Chinese character takes two columns, a Latin one takes one. Fill a text with spaces on the right until it is `width` columns wide; a text that is wider stays as it is. `len` and `ljust` count characters, and the table goes out of line.
+#
+# <details><summary>Hint</summary>
+#
+# `unicodedata.east_asian_width(c)` is W or F for wide characters.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def filled(text: str, width: int) -> str:
+    """The text, and spaces."""
+    ### BEGIN SOLUTION
+    ### STUB: return text.ljust(width)
+    columns = sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+    return text + " " * (width - columns)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check({
+    "Latin is as ljust has it": lambda: filled("abc", 6) == "abc   ",
+    "two Chinese characters are four columns": lambda: filled("茶馆", 6) == "茶馆  ",
+    "both in one line": lambda: filled("茶馆 Tea", 10) == "茶馆 Tea  ",
+    "full-width punctuation is wide, too": lambda: filled("停？", 6) == "停？  ",
+    "what is too wide stays": lambda: filled("茶馆", 3) == "茶馆",
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · The worst first · ●●● hard
+#
+# A report shows its failures: the lines that *lost* most, not those that were bad before. From records (name, before, after) return the names of at most `most` lines whose score fell, the largest loss first, equal losses by name; and from each text (the part of the name before the slash) one line alone, the worst, or four strengths of one text fill the page.
+#
+# <details><summary>Hint</summary>
+#
+# Sort by (after − before, name); walk along and keep a set of the texts that you have seen.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def worst(records: list[tuple[str, float, float]], most: int) -> list[str]:
+    """Names, the largest loss first."""
+    ### BEGIN SOLUTION
+    ### STUB: return [name for name, before, after in sorted(records, key=lambda record: record[2])][:most]
+    seen, names = set(), []
+    for loss, name in sorted((after - before, name) for name, before, after in records):
+        text = name.split("/")[0]
+        if loss < 0 and text not in seen and len(names) < most:
+            seen.add(text)
+            names.append(name)
+    return names
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+scored = [
+    ("tea/mild", 1.0, 0.5), ("tea/hard", 0.75, 0.0), ("bank/hard", 0.0, 0.0), ("menu/hard", 0.5, 0.75),
+    ("exit/mild", 1.0, 0.75), ("door/mild", 0.5, 0.25),
+]  # fmt: skip
+check({
+    "a line that was bad before and is as bad now is no failure": lambda: "bank/hard" not in worst(scored, 9),
+    "a line that gained is none either": lambda: "menu/hard" not in worst(scored, 9),
+    "the largest loss comes first": lambda: worst(scored, 9)[0] == "tea/hard",
+    "a text appears once": lambda: "tea/mild" not in worst(scored, 9),
+    "equal losses come by name": lambda: worst(scored, 9) == ["tea/hard", "door/mild", "exit/mild"],
+    "and not more than was asked for": lambda: worst(scored[::-1], 2) == ["tea/hard", "door/mild"],
+})  # fmt: skip
+
+# %% [markdown]
 # ## Where to go next
 #
 # Lesson 14e asks which switch of the restoration earns its keep.

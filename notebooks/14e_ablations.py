@@ -240,11 +240,140 @@ Image(picture)
 # - Rows are compared line by line with the first one; most of what separates two means is the lines, not the rows.
 # - The oracle bounds what a better reader could bring: what the true text does not give, no reading will.
 #
-# ## Exercises
+# To try and to think about:
 #
 # 1. Run `--ablate --quick`. Which rows differ from "as it comes" by more than their intervals?
 # 2. Twenty-odd rows, each with a 95 % interval: how many do you expect to leave out zero if no switch did anything?
+
+# %% [markdown]
+# ## Exercises
 #
+# The same tasks without solutions: [exercises/14e_ablations.ipynb](../exercises/14e_ablations.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import math
+
+import numpy as np
+
+from difftsr.exercises import check, near
+
+
+# %% [markdown]
+# ### 1 · One switch at a time · ●○○ easy
+#
+# From a dictionary of settings as they come and a list of changes (name, value), make the rows of an ablation: first everything as it comes, then one row for each change, which differs in that one setting alone. An unknown name is a mistake of the author: raise a `ValueError`.
+#
+# <details><summary>Hint</summary>
+#
+# `base | {name: value}` makes a new dictionary and leaves the old one alone.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def rows_of(base: dict, changes: list[tuple[str, object]]) -> list[dict]:
+    """Settings of each row."""
+    ### BEGIN SOLUTION
+    ### STUB: return [base]
+    for name, _ in changes:
+        if name not in base:
+            raise ValueError(f"no setting {name!r}")
+    return [dict(base)] + [base | {name: value} for name, value in changes]
+    ### END SOLUTION
+
+
+def refused(name: str) -> bool:
+    """Whether a change of that name is refused."""
+    try:
+        rows_of({"steps": 1}, [(name, 2)])
+    except ValueError:
+        return True
+    return False
+
+
+# %% tags=["check"]
+plain = {"steps": 1, "gate": True}
+table = [("steps", 5), ("gate", False)]
+check({
+    "the first row is what comes": lambda: rows_of(plain, table)[0] == plain,
+    "one row for each change, and one more": lambda: len(rows_of(plain, table)) == 3,
+    "a row may differ in one setting alone": lambda: rows_of(plain, table)[1:] == [
+        {"steps": 5, "gate": True}, {"steps": 1, "gate": False}],
+    "a misspelt switch measures nothing, so it should be refused": lambda: refused("stpes") and not refused("steps"),
+    "the settings that came must not be changed": lambda: plain == {"steps": 1, "gate": True},
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · How many by luck? · ●●○ medium
+#
+# With a 95 % interval, a switch that does nothing looks as if it did in 5 of 100 tries. For `switches` that all do nothing, return the expected number of false finds and the chance of at least one. Predict both for 24 switches, then compute.
+#
+# <details><summary>Hint</summary>
+#
+# The expectation is a product; the chance of none is $(1 - .05)^n$, if they are independent.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def by_luck(switches: int, level: float = 0.05) -> tuple[float, float]:
+    """Expected number of false finds, and the probability of one or more."""
+    ### BEGIN SOLUTION
+    ### STUB: return level, level
+    return switches * level, 1 - (1 - level) ** switches
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check({
+    "one switch: the level itself, both times": lambda: near(by_luck(1), [0.05, 0.05]),
+    "24 switches: more than one on average": lambda: near(by_luck(24)[0], 1.2),
+    "and at least one in seven of ten ablations": lambda: near(by_luck(24)[1], 0.708, 1e-3),
+    "a chance is never above 1": lambda: by_luck(10_000)[1] <= 1,
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · A table that holds what it says · ●●● hard
+#
+# Holm's method keeps the chance of *any* false find below `level`: sort the p-values; the smallest must be at most level / n, the next at most level / (n − 1), and so on; the first that is too large stops it, for itself and all larger ones. Return which switches remain.
+#
+# <details><summary>Hint</summary>
+#
+# `order = np.argsort(p)`; walk along it and `break` at the first failure.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def remains(p: np.ndarray, level: float = 0.05) -> list[bool]:
+    """For each p-value, in the order given, whether its switch does something."""
+    ### BEGIN SOLUTION
+    ### STUB: return [bool(value <= level) for value in p]
+    found = [False] * len(p)
+    for rank, place in enumerate(np.argsort(p)):
+        if p[place] > level / (len(p) - rank):
+            break
+        found[place] = True
+    return found
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+def false_finds() -> int:
+    """In how many of 400 ablations of 24 idle switches something remains."""
+    dice = np.random.default_rng(3)
+    return sum(any(remains(dice.random(24))) for _ in range(400))
+
+
+check({
+    "one switch alone is the plain test": lambda: [remains(np.array([p])) for p in (0.04, 0.06)] == [[True], [False]],
+    "of two, the smaller needs half of the level, the larger all of it": lambda: remains(np.array([0.045, 0.02]))
+    == [True, True] and remains(np.array([0.045, 0.03])) == [False, False],
+    "after the first failure nothing larger may pass": lambda: remains(np.array([0.001, 0.03, 0.04]))
+    == [True, False, False],
+    "idle switches should rarely be found": lambda: false_finds() <= 0.05 * 400 + 2 * math.sqrt(0.05 * 0.95 * 400),
+})  # fmt: skip
+
+# %% [markdown]
 # ## Where to go next
 #
 # Lesson 14f runs all of it with one command.

@@ -522,11 +522,132 @@ Markdown(markdown(*main_table(stored)))
 # - Every figure has an interval, and two results are compared by their differences on the same lines.
 # - Choices are made on `dev`, figures to report come from `test`.
 #
-# ## Exercises
+# To try and to think about:
 #
 # 1. Add a restorer of your own to the table and give it to `--baselines`. Does it beat doing nothing?
 # 2. Compare two reports of different seeds. How large are the differences that mean nothing?
+
+# %% [markdown]
+# ## Exercises
 #
+# The same tasks without solutions: [exercises/14f_evaluate.ipynb](../exercises/14f_evaluate.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import numpy as np
+
+from difftsr.exercises import check, near
+
+
+# %% [markdown]
+# ### 1 · Right, wrong, and nothing read · ●○○ easy
+#
+# NED is 1 − d / n, with the edit distance d and the longer of the two lengths n. Given distances and lengths of some lines, return the mean over lines. A line without text that was read as nothing is right: 1. Predict first: can a NED be negative?
+#
+# <details><summary>Hint</summary>
+#
+# Divide by `np.maximum(n, 1)`: where n is 0, so is d.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def mean_ned(distances: np.ndarray, lengths: np.ndarray) -> float:
+    """distances (n,) and the longer lengths (n,), whole numbers."""
+    ### BEGIN SOLUTION
+    ### STUB: return float(1 - distances.sum() / lengths.sum())
+    return float(np.mean(1 - distances / np.maximum(lengths, 1)))
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check({
+    "no distance is a NED of 1": lambda: near(mean_ned(np.array([0, 0]), np.array([4, 9])), 1.0),
+    "two lines count alike, however long they are": lambda: near(mean_ned(np.array([1, 0]), np.array([1, 9])), 0.5),
+    "nothing read where nothing stands is right": lambda: near(mean_ned(np.array([0, 2]), np.array([0, 4])), 0.75),
+    "everything wrong is 0": lambda: near(mean_ned(np.array([5]), np.array([5])), 0.0),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · Better for whom? · ●●○ medium
+#
+# A mean hides who pays for it. Compare two reports line by line: return the shares of lines that got better, worse, and stayed within `margin`. A restorer that helps nine lines a little and ruins the tenth has a fine mean.
+#
+# <details><summary>Hint</summary>
+#
+# Of b − a: above margin, below −margin, the rest. Three shares that add up to 1.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def who(a: np.ndarray, b: np.ndarray, margin: float = 0.01) -> tuple[float, float, float]:
+    """Scores (n,) before and after, more is better -> shares better, worse, same."""
+    ### BEGIN SOLUTION
+    ### STUB: return float(b.mean() > a.mean()), float(b.mean() < a.mean()), 0.0
+    change = b - a
+    better, worse = float(np.mean(change > margin)), float(np.mean(change < -margin))
+    return better, worse, 1 - better - worse
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+old = np.array([0.5, 0.5, 0.5, 0.9])
+new = np.array([0.6, 0.6, 0.505, 0.2])
+check({
+    "what stays within the margin counts as the same": lambda: near(who(old, old), [0, 0, 1]),
+    "two got better, one worse, one stayed": lambda: near(who(old, new), [0.5, 0.25, 0.25]),
+    "the other way round, better and worse change places": lambda: near(who(new, old), [0.25, 0.5, 0.25]),
+    "the shares should add up": lambda: near(sum(who(old, new, 0.2)), 1.0),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · A score in the middle of a lie · ●●● hard
+#
+# Simpson's paradox: a restorer can be better at every strength and worse in the mean, when the two were measured on other mixtures of lines. Make both comparable: the mean of the means of each stratum, weighted by `weights`, the same for everybody. A stratum that was never measured cannot be guessed: raise a `ValueError`.
+#
+# <details><summary>Hint</summary>
+#
+# For each stratum of `weights`, the mean of its own lines; then the weighted mean. Divide by the sum of the weights.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def standardised(scores: np.ndarray, strata: np.ndarray, weights: dict[str, float]) -> float:
+    """scores (n,), strata (n,) names the stratum of each line, weights: how much each stratum counts."""
+    ### BEGIN SOLUTION
+    ### STUB: return float(scores.mean())
+    total = 0.0
+    for name, weight in weights.items():
+        if not (strata == name).any():
+            raise ValueError(f"nothing was measured at {name}")
+        total += weight * scores[strata == name].mean()
+    return float(total / sum(weights.values()))
+    ### END SOLUTION
+
+
+def refused(strata: list[str]) -> bool:
+    """Whether lines of these strata, without any at "hard", are refused."""
+    try:
+        standardised(np.ones(len(strata)), np.array(strata), {"mild": 1, "hard": 1})
+    except ValueError:
+        return True
+    return False
+
+
+# %% tags=["check"]
+ours, ours_at = np.array([0.95, 0.60, 0.60, 0.60]), np.array(["mild", "hard", "hard", "hard"])
+theirs, theirs_at = np.array([0.90, 0.90, 0.90, 0.50]), np.array(["mild", "mild", "mild", "hard"])
+even = {"mild": 1.0, "hard": 1.0}
+check({
+    "even weights are the mean of the means": lambda: near(standardised(ours, ours_at, even), 0.775),
+    "better at every strength should stay better": lambda: standardised(ours, ours_at, even)
+    > standardised(theirs, theirs_at, even),
+    "weights count by their ratio alone": lambda: near(standardised(ours, ours_at, {"mild": 6, "hard": 2}), 0.8625),
+    "a stratum without weight does not count": lambda: near(standardised(ours, ours_at, {"mild": 2}), 0.95),
+    "what was never measured cannot be guessed": lambda: refused(["mild", "mild"]) and not refused(["mild", "hard"]),
+})  # fmt: skip
+
+# %% [markdown]
 # ## Where to go next
 #
 # Lesson 13 shows how weights are made; come back here to see whether new ones are better, with `--compare`.

@@ -311,10 +311,49 @@ for ax, measure in zip(axes, ("ned", "lpips")):
 axes[0].legend(frameon=False)
 plt.show()
 
-
 # %% [markdown]
 # Read the plot from right to left. For a model that was trained at all times alike, quality falls as the steps become few. For this one, which went through lesson 11c, one step is where it is at home: 200 steps are worse by LPIPS and PSNR, and take ninety times as long. (NED moves with single characters of so few lines.)
-#
+
+# %% [markdown]
+# What that means for one line, after 1, 2, 5 and 10 steps of DDIM, from the mean of the noise (`temperature=0`, as it comes) and from noise (`temperature=1`). From the mean, more steps add nothing. From noise they do harm: weights that were taught to need one step have forgotten what to do with a half-noised latent.
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+tries = {(steps, temperature): restore(model, lines[8].image, steps=steps, temperature=temperature, do_no_harm=False,
+                                       height=lines[8].target.shape[0])
+         for steps in (1, 2, 5, 10) for temperature in (0.0, 1.0)}  # fmt: skip
+
+
+def after(steps: int, temperature: float) -> tuple[np.ndarray, str]:
+    """The restored line above the true one, and how near they are."""
+    found = tries[steps, temperature]
+    picture, target = np.asarray(found.image), lines[8].target
+    scores = pixel_scores(picture, target)
+    values = f"LPIPS {scores['lpips']:.3f}, PSNR {scores['psnr']:.1f} dB, read by the model: {found.text}"
+    return np.concatenate([picture, target]), values
+
+
+fig, axes = plt.subplots(4, 2, figsize=(9, 5))
+for ax, (steps, temperature) in zip(axes.flat, tries, strict=True):
+    ax.imshow(np.asarray(tries[steps, temperature].image)), ax.axis("off")
+    ax.set_title(f"{steps} steps, temperature {temperature:.0f}", fontsize=8)
+plt.tight_layout(pad=0.3)
+plt.show()
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+import ipywidgets as widgets
+
+from difftsr.watch import live  # lesson 12c makes it
+
+live(
+    after,
+    steps=widgets.SelectionSlider(options=[1, 2, 5, 10]),
+    temperature=widgets.SelectionSlider(options=[0.0, 1.0]),
+)
+
+
+# %% [markdown]
 # ## 4. A student for any teacher
 #
 # What made it so is a stage of training, and a command does it to any weights: it trains the few-step stage on top of them (lesson 11c), measures teacher and student on the same lines, and writes a card that says what was won *and what was lost*. The student is not shown its teacher's results, as in most papers on distillation, but the sharp lines themselves: for restoration there is a right answer, and it is better than the teacher's.

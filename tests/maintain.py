@@ -42,6 +42,7 @@ EXERCISES = ROOT / "exercises"
 PACKAGE = ROOT / "difftsr"
 TEXT_FORMAT = "py:percent"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+GITHUB_SHOWS = re.compile(r"text/(plain|markdown|latex)|image/(png|jpeg|gif|svg\+xml)")  # HTML loses styles and scripts
 METADATA = {
     "jupytext": {
         "cell_metadata_filter": "tags,-all",
@@ -453,6 +454,9 @@ def check_notebooks(names: list[str]) -> Iterator[str]:
                 yield f"{where}: cell {number} shows an absolute path"
             if any(WIDGET_VIEW in output.get("data", {}) for output in cell.get("outputs", [])):
                 yield f"{where}: cell {number} stores a widget (make run)"
+            for output in cell.get("outputs", []):
+                if "data" in output and not any(map(GITHUB_SHOWS.fullmatch, output.data)):
+                    yield f"{where}: cell {number} shows only {', '.join(output.data) or 'a widget'}; GitHub does not"
             if cell.cell_type != "code" or not cell.source.strip():
                 continue
             expected += 1

@@ -344,6 +344,11 @@ def plant_stored_widget(project: Path) -> None:
     edit_notebook(project / "notebooks/01_shapes.ipynb", lambda nb: last_code_cell(nb).outputs.append(output))
 
 
+def plant_page_of_html(project: Path) -> None:
+    output = nbformat.v4.new_output("display_data", data={"text/html": "<script>draw()</script>"})
+    edit_notebook(project / "notebooks/01_shapes.ipynb", lambda nb: last_code_cell(nb).outputs.append(output))
+
+
 def plant_absolute_path(project: Path) -> None:
     output = nbformat.v4.new_output("stream", name="stdout", text="saved to /home/ada/difftsr/line.png\n")
     edit_notebook(project / "notebooks/01_shapes.ipynb", lambda nb: last_code_cell(nb).outputs.append(output))
@@ -389,6 +394,7 @@ FAULTS = {
     plant_unused_import: r"difftsr/shapes\.py:\d+:\d+: F401",
     plant_widget_state: r"01_shapes\.ipynb: holds widget state",
     plant_stored_widget: r"01_shapes\.ipynb: cell \d+ stores a widget",
+    plant_page_of_html: r"01_shapes\.ipynb: cell \d+ shows only text/html; GitHub does not",
     plant_absolute_path: r"01_shapes\.ipynb: cell \d+ shows an absolute path",
     plant_stored_error: r"01_shapes\.ipynb: cell \d+ stores an error",
     plant_large_notebook: r"01_shapes\.ipynb: 1\.0\d MB",
