@@ -759,7 +759,7 @@ def make_loader(
 def _as_it_is(batch: dict) -> dict:
     return batch
 
-# %% ../notebooks/03_dataset.ipynb #59282261
+# %% ../notebooks/03_dataset.ipynb #382ee4ba
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line `python -m difftsr.dataset` (lesson 03c); returns the exit status."""
     from difftsr.sets import main as command

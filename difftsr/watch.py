@@ -120,7 +120,7 @@ def player(frames: Sequence[Image.Image], interval: int = 250):
     slider.observe(lambda change: setattr(picture, "value", stack[change["new"]]), "value")
     return ipywidgets.VBox([ipywidgets.HBox([play, slider]), picture])
 
-# %% ../notebooks/12c_watch.ipynb #8e14932e
+# %% ../notebooks/12c_watch.ipynb #06423986
 def live(draw: Callable[..., tuple[np.ndarray, str]], **controls):
     """A widget: a picture with a caption, drawn anew by `draw(**values)` whenever one of the controls moves.
 
