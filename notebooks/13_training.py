@@ -1224,10 +1224,12 @@ assert all(("d_weight" in row) == (step >= 8) for step, row in enumerate(told))
 card_file = Path("../data/weights/classroom/run.json")
 card = json.loads((card_file if card_file.exists() else through.output / "run.json").read_text())
 print("the committed weights" if card_file.exists() else "the tiny run above")
-figure, panels = plt.subplots(1, len(card["stages"]), figsize=(2 * len(card["stages"]), 1.7), squeeze=False)
-for panel, (name, of_stage) in zip(panels[0], card["stages"].items(), strict=True):
+figure, panels = plt.subplots(-(-len(card["stages"]) // 5), 5, figsize=(11, 4.8), squeeze=False)
+for panel, (name, of_stage) in zip(panels.flat, card["stages"].items()):
     panel.plot(of_stage["history"]["step"], of_stage["history"]["loss"])
-    panel.set(title=f"{name}, {of_stage['minutes']:.0f} min", xlabel="step")
+    panel.set_title(f"{name}, {of_stage['minutes']:.0f} min", fontsize=7)
+for panel in panels.flat[len(card["stages"]) :]:
+    panel.set_visible(False)
 figure.tight_layout()
 plt.show()
 

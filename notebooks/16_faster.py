@@ -315,7 +315,7 @@ plt.show()
 # Read the plot from right to left. For a model that was trained at all times alike, quality falls as the steps become few. For this one, which went through lesson 11c, one step is where it is at home: 200 steps are worse by LPIPS and PSNR, and take ninety times as long. (NED moves with single characters of so few lines.)
 
 # %% [markdown]
-# What that means for one line, after 1, 2, 5 and 10 steps of DDIM, from the mean of the noise (`temperature=0`, as it comes) and from noise (`temperature=1`). From the mean, more steps add nothing. From noise they do harm: weights that were taught to need one step have forgotten what to do with a half-noised latent.
+# What that means for one line, after 1, 2, 5 and 10 steps of DDIM, from the mean of the noise (`temperature=0`, as it comes) and from noise (`temperature=1`). From the mean, more steps add nothing. From noise they do harm: the last stages of training met the first time alone and no noise, and nobody has asked these weights since what to do with a half-noised latent.
 
 # %%
 # NBVAL_IGNORE_OUTPUT
