@@ -357,6 +357,8 @@ def draw_curves(runs: Iterable[Path], path: Path) -> Path:
 def draw_stage(panels: np.ndarray, name: str, about: dict) -> None:
     """One run's curves of one stage into the panels of its column."""
     history, held_out = about["history"], about.get("validation", {})
+    if not history.get("step"):  # stopped before anything was written down
+        return
     (line,) = panels[0].plot(history["step"], history["loss"], "." if len(history["step"]) == 1 else "-", label=name)
     if held_out.get("loss"):
         style = dict(color=line.get_color(), markersize=3, label="held out")

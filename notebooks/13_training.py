@@ -811,6 +811,8 @@ class Trainer:
                 if self.checkpoint_due.due(self.step, self.seconds) and self.step != self.total:
                     self.save(must=False)
             if not asked:
+                if self.step > self.told_step:  # a run by the minute cannot know its last step before
+                    self.tell(bar)
                 self.look()
             self.save()
         if asked:

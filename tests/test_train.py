@@ -68,6 +68,19 @@ def test_all_skips_what_is_done(trained):
     assert train(TrainConfig("all", output=trained, steps=2, **TINY)) == {}
 
 
+def test_a_run_by_the_minute_writes_down_its_last_step(trained, tmp_path):
+    config = TrainConfig("tdm", output=tmp_path, init=str(trained / "weights"), minutes=0.005, bar=False, **TINY)
+    (history,) = train(config).values()
+    card = read_card(tmp_path)["tdm"]
+    assert history["step"][-1] == card["steps"] >= 1 and history["step"] == sorted(set(history["step"]))
+    draw_curves([tmp_path], tmp_path / "curves.png")
+
+
+def test_curves_of_a_run_that_wrote_nothing_down_are_empty(tmp_path):
+    write_card(tmp_path, "tdm", {"history": {}, "steps": 0})
+    assert draw_curves([tmp_path], tmp_path / "curves.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize("stage", ["recognizer", "idm"])
 def test_a_cut_run_resumes_bit_for_bit(trained, tmp_path, stage):
     cut_and_resumed(TrainConfig(stage, init=str(trained / "weights"), steps=6, **TINY), stage, tmp_path)
