@@ -138,10 +138,11 @@ def judge_line(
     restored: Tensor, lr: Tensor, size: tuple[int, int], *, safe: Tensor, before: Reading, after: Reading,
     config: GateConfig, sure: Sequence[float] | None = None,
 ) -> tuple[Tensor, Verdict]:  # fmt: skip
-    """The first two questions on one line: its blend (3, H, W), and what was decided.
+    """All questions but the last on one line: its blend (3, H, W), and what was decided.
 
-    restored, lr, safe: (3, H, W). size: of the input before it was brought to the canvas. before, after: readings
-    (B = 1). sure: of each character of the text that was drawn, the probability that it is right, where known.
+    restored, lr: (3, H, W). size: of the input before it was brought to the canvas. safe (3, H, W): what is shown where
+    the line is put back. before, after: readings (B = 1). sure: of each character of the text that was drawn, the
+    probability that it is right, where known.
     """
     width = lr.shape[2]
     trust, reasons = read_trust(before, after, config)

@@ -329,16 +329,16 @@ def restore_batch(
     scores = torch.stack([legibility(model, a.image, a.tokens) for a in attempts]) if candidates > 1 else None
     best = [0] * len(arrays) if scores is None else scores.argmax(0).tolist()
     chosen = torch.stack([attempts[k].image[i] for i, k in enumerate(best)])
-    verdicts, evidence = [None] * len(arrays), [[]] * len(arrays)
+    verdicts = [None] * len(arrays)
     if not reference:
         after = model.recognizer.read(chosen)
         evidence = [
             gather(attempts[k].tokens[i], attempts[k].probs[i], own[i : i + 1], after[i : i + 1])
             for i, k in enumerate(best)
         ]
+        sure = [confidence(line, model.config.certainty) for line in evidence]
     if do_no_harm and text is None and not reference:  # who says what the line says may change what is read
         config = GateConfig(mismatch=model.config.mismatch_limit)
-        sure = [confidence(line, model.config.certainty) for line in evidence]
         safe = torch.stack([line_to_canvas(a, size, interpolation="linear") for a in arrays]).to(device)
         chosen, verdicts = gate(
             model.recognizer, chosen, lr, [a.shape[:2] for a in arrays], config=config, before=own, safe=safe, sure=sure
@@ -354,7 +354,7 @@ def restore_batch(
         if not reference:
             result.read_from_output, result.evidence = after[i : i + 1].text(model.alphabet)[0], evidence[i]
             if text is None:  # a known text is certain
-                result.confidence = confidence(evidence[i], model.config.certainty)
+                result.confidence = sure[i]
         if scores is not None:
             result.candidates = ranked(model, attempts, scores[:, i], index=i, size=result.image.size, seed=seed)
         if text is not None:

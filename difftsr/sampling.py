@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['Mode', 'level', 'ddim_step', 'timesteps', 'reference_timesteps', 'dpm_solver_2m', 'LineNoise', 'Step', 'Sample',
-           'with_text', 'FixedText', 'JointText', 'step_bar', 'sample', 'from_released', 'simplified',
+           'spread_centers', 'with_text', 'FixedText', 'JointText', 'step_bar', 'sample', 'from_released', 'simplified',
            'released_reading', 'reference_sample']
 
 # %% ../notebooks/11_ddim.ipynb #a7c70082
@@ -150,25 +150,33 @@ class Sample:
     trace: list[Step] = field(default_factory=list)
 
 # %% ../notebooks/11_ddim.ipynb #39c01fc9
+def spread_centers(reading: Reading, tokens: Tensor) -> Tensor:
+    """Centres (B, 24) for `tokens`: those that `reading` saw, where they are as many; otherwise spread evenly.
+
+    That is over the reader's stretch of the line, or over the whole line if it read nothing. -1 for padding.
+    """
+    centers = torch.full(tokens.shape, -1.0, device=tokens.device)
+    for row, given, seen in zip(centers, tokens, reading.centers):
+        count, seen = int((given != PAD).sum()), seen[seen >= 0]
+        if len(seen) == count:
+            row[given != PAD] = seen
+        elif count:
+            half = 0.5 / count
+            first, last = (float(seen.min()), float(seen.max())) if len(seen) > 1 else (half, 1 - half)
+            row[given != PAD] = torch.linspace(first, last, count, device=row.device)
+    return centers
+
+
 def with_text(reading: Reading, tokens: Tensor, recognizer: TransOCR | None = None) -> Reading:
     """A reading that says `tokens` (B, 24) for certain, and where they stand.
 
-    A `recognizer` whose features the reading holds tells where it looks when it writes them. Without it they stand
-    where `reading` saw characters; if those are more or fewer, evenly over the reader's stretch of the line (the whole
-    line if it read nothing).
+    A `recognizer` whose features the reading holds tells where it looks when it writes them; without it, see
+    `spread_centers`.
     """
     if recognizer is not None and reading.features is not None:
         centers = recognizer.locate(reading.features, tokens)
     else:
-        centers = torch.full(tokens.shape, -1.0, device=tokens.device)
-        for row, given, seen in zip(centers, tokens, reading.centers):
-            count, seen = int((given != PAD).sum()), seen[seen >= 0]
-            if len(seen) == count:
-                row[given != PAD] = seen
-            elif count:
-                half = 0.5 / count
-                first, last = (float(seen.min()), float(seen.max())) if len(seen) > 1 else (half, 1 - half)
-                row[given != PAD] = torch.linspace(first, last, count, device=row.device)
+        centers = spread_centers(reading, tokens)
     fixed = Reading.of(tokens, centers=centers)
     fixed.features = reading.features
     return fixed

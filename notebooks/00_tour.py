@@ -68,7 +68,6 @@ where_it_sits()
 
 # %%
 import csv
-import io
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -83,6 +82,7 @@ from difftsr.model import DiffTSR, preset
 from difftsr.restore import line_to_canvas, load_image, restore
 from difftsr.sampling import sample
 from difftsr.text_lines import find_fonts
+from difftsr.watch import live
 
 set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})  # noise as PNG would make a heavy notebook
 
@@ -198,29 +198,15 @@ show(pictures, titles, columns=2)
 frames = [(pixels(step.z_t), pixels(step.z0)) for step in watched.trace]
 
 
-def png(array):
-    """An array as PNG bytes, for an image widget."""
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, "PNG")
-    return buffer.getvalue()
+def moment(step: int) -> tuple[np.ndarray, str]:
+    """Both pictures of a step, one below the other, and its text."""
+    seen = watched.trace[step]
+    return np.concatenate(frames[step]), f"t = {seen.t}   text: {readable(seen.c_t[0])}"
 
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-stack = [png(np.concatenate(frame)) for frame in frames]
-slider = widgets.IntSlider(0, 0, len(frames) - 1, description="step")
-picture, caption = widgets.Image(value=stack[0], format="png", width=512), widgets.Label()
-
-
-def turn(change=None):
-    """Show the step that the slider names."""
-    step = watched.trace[slider.value]
-    picture.value, caption.value = stack[slider.value], f"t = {step.t}   text: {readable(step.c_t[0])}"
-
-
-slider.observe(turn, "value")
-turn()
-widgets.VBox([slider, picture, caption])
+live(moment, step=widgets.IntSlider(0, 0, len(frames) - 1))
 
 # %% [markdown]
 # ## All lines

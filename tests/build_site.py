@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     "README.md", "README.zh.md", "notebooks/GLOSSARY.md", "notebooks/TEACHING.md", "data/weights/classroom/README.md",
 ]  # fmt: skip
+PICTURES = ["data/samples", "data/weights/classroom"]  # folders of what the pages show
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s]+)(\))")
 ATTRIBUTE = re.compile(r"""\s(?:href|src)=(?:"([^"]*)"|'([^']*)')""")
 CODE = re.compile(r"<(script|pre|code)\b.*?</\1>", re.DOTALL)
@@ -91,9 +92,10 @@ def lay_out(docs: Path) -> dict:
             (docs / place).parent.mkdir(parents=True, exist_ok=True)
             nbformat.write(notebook, docs / place)
             chapter.append({title(notebook): place.as_posix()})
-    for picture in (ROOT / "data" / "samples").glob("*.webp"):
-        (docs / "data" / "samples").mkdir(parents=True, exist_ok=True)
-        shutil.copy(picture, docs / "data" / "samples")
+    for folder in PICTURES:
+        (docs / folder).mkdir(parents=True, exist_ok=True)
+        for picture in (ROOT / folder).glob("*.webp"):
+            shutil.copy(picture, docs / folder)
     course = [{"Glossary": "notebooks/GLOSSARY.md"}, {"For teachers": "notebooks/TEACHING.md"}]
     start = [{"Start": "index.md"}, {"中文": "README.zh.md"}, {"Model card": "data/weights/classroom/README.md"}]
     return CONFIG | {"nav": [{"Project": start}, {"Lessons": lessons}, {"Tasks": tasks}, {"Course": course}]}
