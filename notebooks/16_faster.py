@@ -326,12 +326,14 @@ tries = {(steps, temperature): restore(model, lines[8].image, steps=steps, tempe
 
 def after(steps: int, temperature: float) -> tuple[np.ndarray, str]:
     """The restored line above the true one, and how near they are."""
-    found = tries[steps, temperature]
-    picture, target = np.asarray(found.image), lines[8].target
+    found, target = tries[steps, temperature], lines[8].target
+    picture = np.asarray(found.image.resize(target.shape[1::-1]))  # rounding: a pixel or two wider
     scores = pixel_scores(picture, target)
     values = f"LPIPS {scores['lpips']:.3f}, PSNR {scores['psnr']:.1f} dB, read by the model: {found.text}"
     return np.concatenate([picture, target]), values
 
+
+assert after(1, 0.0)[0].shape == after(10, 1.0)[0].shape == (2 * lines[8].target.shape[0], *lines[8].target.shape[1:])
 
 fig, axes = plt.subplots(4, 2, figsize=(9, 5))
 for ax, (steps, temperature) in zip(axes.flat, tries, strict=True):
