@@ -170,19 +170,18 @@ def judge_line(
 def gate(
     recognizer: TransOCR, restored: Tensor, lr: Tensor, sizes: Sequence[tuple[int, int]], *,
     config: GateConfig, before: Reading | None = None, safe: Tensor | None = None,
-    sure: Sequence[Sequence[float]] | None = None,
-) -> tuple[Tensor, list[Verdict]]:  # fmt: skip
-    """Let pass what does no harm: the canvases (B, 3, H, W) that may be shown, and one verdict a line.
+    after: Reading | None = None, sure: Sequence[Sequence[float]] | None = None,
+) -> tuple[Tensor, list[Verdict], list[Reading]]:  # fmt: skip
+    """Let pass what does no harm: the canvases (B, 3, H, W) that may be shown, a verdict and a reading (B = 1) of each.
 
-    restored, lr: (B, 3, H, W) in [-1, 1]. sizes: (height, width) of each input before it was brought to the canvas.
-    before: the readings of `lr`, where they are known already. safe: the input as it is shown where it is put back,
-    `lr` by default. sure: for each line, the calibrated probabilities (lesson 11d) that the characters it was drawn
-    with are right. Only our own recogniser is asked, never a judge.
+    restored, lr: (B, 3, H, W) in [-1, 1], in the same light. sizes: (height, width) of each input before it was brought
+    to the canvas. safe: the input as it is shown where it is put back, `lr` by default. before, after: the readings of
+    `lr` and of `restored`, where they are known already. sure: for each line, the calibrated probabilities (lesson 11d)
+    that the characters it was drawn with are right. Only our own recogniser is asked, never a judge.
     """
     before = recognizer.read(lr) if before is None else before
+    after = recognizer.read(restored) if after is None else after
     safe = lr if safe is None else safe
-    restored = same_light(restored, lr).clamp(-1, 1)
-    after = recognizer.read(restored)
     judged = [
         judge_line(
             restored[i], lr[i], size, safe=safe[i], before=before[i : i + 1], after=after[i : i + 1], config=config,
@@ -191,12 +190,14 @@ def gate(
         for i, size in enumerate(sizes)
     ]
     images, verdicts = torch.stack([image for image, _ in judged]), [verdict for _, verdict in judged]
-    fallen = certainty(before) - certainty(recognizer.read(images))
+    shown = recognizer.read(images) if any(verdict.action == "blended" for verdict in verdicts) else after
+    fallen = certainty(before) - certainty(shown)
     for i, verdict in enumerate(verdicts):
         if verdict.action != "input" and float(fallen[i]) > config.worse:
             images[i], verdict.action = safe[i], "input"
             verdict.reasons.append(f"the line became less certain by {float(fallen[i]):.2f}")
-    return images, verdicts
+    readings = [(before if v.action == "input" else shown)[i : i + 1] for i, v in enumerate(verdicts)]
+    return images, verdicts, readings
 
 # %% ../notebooks/11b_gate.ipynb #3015149c
 def mismatch_limit(

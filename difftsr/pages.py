@@ -29,6 +29,7 @@ from difftsr.restore import (
     line_to_canvas,
     ppocr_engine,
     restore_batch,
+    result_heights,
 )
 from .text_lines import MAX_LENGTH, PAD
 
@@ -186,7 +187,7 @@ def restore_lines(
     images: Sequence[np.ndarray],
     *,
     text: Sequence[str] | None = None,
-    height: int | Sequence[int] = 128,
+    height: int | Sequence[int] | None = None,
     batch: int = 8,
     progress: bool = False,
     **settings,
@@ -199,7 +200,7 @@ def restore_lines(
     """
     for image in images:
         check_size(min(image.shape[1], RATIO[1] * image.shape[0]), image.shape[0])
-    heights = [height] * len(images) if isinstance(height, int) else height
+    heights = result_heights(images, height)
     spans = [cut_line(model, image, len(text[i]) if text else 0) for i, image in enumerate(images)]
     pieces = [image[:, a:b] for image, columns in zip(images, spans) for a, b in columns]
     high = [h for h, columns in zip(heights, spans) for _ in columns]

@@ -76,6 +76,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, Literal, get_args
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -83,7 +84,7 @@ from torch import Tensor
 
 from difftsr.certainty import Evidence, confidence, gather
 from difftsr.degradation import to_canvas
-from difftsr.gate import GateConfig, Verdict, gate
+from difftsr.gate import GateConfig, Verdict, gate, same_light
 from difftsr.model import DiffTSR
 from difftsr.recognizer import Reading
 from difftsr.sampling import Mode, Sample, Step, sample, with_text
@@ -352,6 +353,19 @@ def canvas_to_line(canvas: Tensor, ratio: float, height: int = 128) -> Image.Ima
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
+def resized(line: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    """A line (h, w, 3) uint8 RGB itself at (width, height): enlarged linearly (lesson 11b says why), shrunk by area."""
+    smaller = size[1] < line.shape[0]
+    return Image.fromarray(cv2.resize(line, size, interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR))
+
+
+def result_heights(lines: Sequence[np.ndarray], height: int | Sequence[int] | None) -> list[int]:
+    """Height of each result in pixels: as asked, else 128, or that of the line where it has more."""
+    if height is None:
+        return [max(128, line.shape[0]) for line in lines]
+    return [height] * len(lines) if isinstance(height, int) else list(height)
+
+
 # %%
 short = line.crop((0, 0, 2 * line.height, line.height))
 canvas = line_to_canvas(np.asarray(short), (128, 512))
@@ -457,7 +471,7 @@ class Candidate:
 class Restoration:
     """One restored line."""
 
-    image: Image.Image  # RGB; 128 high, as wide as the input's ratio asks
+    image: Image.Image  # RGB; 128 high unless asked otherwise, as wide as the input's ratio asks
     text: str  # what the restored line says, as far as the model knows
     confidence: list[float]  # one probability for each character of `text` (lesson 11d)
     read_from_input: str  # what the recogniser read before restoring
@@ -491,7 +505,7 @@ def restore_batch(
     seed: int = 0,
     candidates: int = 1,
     text: Sequence[str] | None = None,
-    height: int | Sequence[int] = 128,
+    height: int | Sequence[int] | None = None,
     trace: bool = False,
     do_no_harm: bool = True,
     reader: Reader = "own",
@@ -531,30 +545,36 @@ def restore_batch(
     scores = torch.stack([legibility(model, a.image, a.tokens) for a in attempts]) if candidates > 1 else None
     best = [0] * len(arrays) if scores is None else scores.argmax(0).tolist()
     chosen = torch.stack([attempts[k].image[i] for i, k in enumerate(best)])
+    gated = do_no_harm and text is None and not reference  # who says what the line says may change what is read
     verdicts = [None] * len(arrays)
+    if gated:
+        chosen = same_light(chosen, lr).clamp(-1, 1)
     if not reference:
         after = model.recognizer.read(chosen)
+        readings = [after[i : i + 1] for i in range(len(arrays))]
         evidence = [
-            gather(attempts[k].tokens[i], attempts[k].probs[i], own[i : i + 1], after[i : i + 1])
+            gather(attempts[k].tokens[i], attempts[k].probs[i], own[i : i + 1], readings[i])
             for i, k in enumerate(best)
         ]
         sure = [confidence(line, model.config.certainty) for line in evidence]
-    if do_no_harm and text is None and not reference:  # who says what the line says may change what is read
+    if gated:
         config = GateConfig(mismatch=model.config.mismatch_limit)
         safe = torch.stack([line_to_canvas(a, size, interpolation="linear") for a in arrays]).to(device)
-        chosen, verdicts = gate(
-            model.recognizer, chosen, lr, [a.shape[:2] for a in arrays], config=config, before=own, safe=safe, sure=sure
+        chosen, verdicts, readings = gate(
+            model.recognizer, chosen, lr, [a.shape[:2] for a in arrays], config=config, before=own, safe=safe,
+            after=after, sure=sure,
         )  # fmt: skip
-        after = model.recognizer.read(chosen)
-    heights = [height] * len(arrays) if isinstance(height, int) else height
+    heights = result_heights(arrays, height)
     results = []
     for i, (k, array) in enumerate(zip(best, arrays)):
         result = to_restoration(
             model, attempts[k], i, chosen[i], array.shape[1] / array.shape[0], height=heights[i], seed=seed + k
         )
         result.gate = verdicts[i]
+        if verdicts[i] and verdicts[i].action == "input":  # not by way of the canvas, which is too small for some
+            result.image = resized(array, result.image.size)
         if not reference:
-            result.read_from_output, result.evidence = after[i : i + 1].text(model.alphabet)[0], evidence[i]
+            result.read_from_output, result.evidence = readings[i].text(model.alphabet)[0], evidence[i]
             if text is None:  # a known text is certain
                 result.confidence = sure[i]
         if scores is not None:
@@ -608,7 +628,7 @@ def restore(
     seed: int = 0,
     candidates: int = 1,
     text: str | None = None,
-    height: int = 128,
+    height: int | None = None,
     trace: bool = False,
     do_no_harm: bool = True,
     reader: Reader = "own",
@@ -620,10 +640,10 @@ def restore(
     candidates: so many attempts with seeds seed, seed + 1, ..., ranked by how well our recogniser reads them; the best
     is returned, all are in `.candidates`. Where the model starts from no noise, all but the first start from noise.
     text: what the line says, where it is known (at most 24 characters; those outside the alphabet are restored from
-    the image alone). height: of the result, in pixels. trace: keep every z_t and c_t. do_no_harm: let the gate of
-    lesson 11b put the input back where the restored line reads worse or does not match it (not with a known text).
-    reader: who reads the input first, "own" or "ppocr" (PP-OCRv6 small, from the package rapidocr).
-    Further settings go to `sample`.
+    the image alone). height: of the result, in pixels; 128 by default, or that of a line that has more. trace: keep
+    every z_t and c_t. do_no_harm: let the gate of lesson 11b put the input back where the restored line reads worse or
+    does not match it (not with a known text). reader: who reads the input first, "own" or "ppocr" (PP-OCRv6 small,
+    from the package rapidocr). Further settings go to `sample`.
     The same seed on the same device gives the same bytes. Raises `ValueError` for what is no line of text.
     """
     texts = None if text is None else [text]

@@ -148,7 +148,8 @@ class RestoreConfig:
     page: bool = False
     """Find the lines on a photograph or a page, restore each and put it back (pip install "difftsr[pages]")."""
     scale: Literal[1, 2, 3, 4] | None = None
-    """So many times as large as the input. By default a line becomes 128 pixels high, a page twice as large."""
+    """So many times as large as the input. By default a line becomes 128 pixels high, or stays as high as it is where
+    that is more, and a page becomes twice as large."""
     format: Literal["keep", "png", "jpeg", "webp", "tiff", "bmp"] = "keep"
     """File format of the results; "keep" takes that of the input where it can be written, and otherwise PNG."""
     text: str | None = None
@@ -333,14 +334,14 @@ def encoded(image: Image.Image, kind: str, profile: bytes | None = None) -> byte
     return buffer.getvalue()
 
 
-def restored_height(picture: Picture, scale: int | None) -> int:
+def restored_height(picture: Picture, scale: int | None) -> int | None:
     """Height of a restored line in pixels; `ValueError` where the result would be too large to write."""
-    width, height = picture.size
-    high = 128 if scale is None else height * scale
-    if high * width * high / height > MAX_PIXELS:
-        large = f"{round(width * high / height)} x {high}"
-        raise ValueError(f"the result would have {large} pixels; choose a smaller --scale or cut the image")
-    return high
+    if scale is None:
+        return None
+    width, height = (scale * side for side in picture.size)
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"the result would have {width} x {height} pixels; choose a smaller --scale or cut the image")
+    return height
 
 
 def steps_of(model: DiffTSR, config: RestoreConfig) -> int:

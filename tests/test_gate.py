@@ -146,8 +146,8 @@ def test_the_gate_against_four_restorers():
     wrong, nothing = reading("ABCDEFXH", *[0.97] * 8), reading("QQ", 0.3, 0.3)
     lit = [same_light(image[None], lr[None])[0].clamp(-1, 1) for image in (lr, truth, other, noise)]
     reader = Reader(*zip(lit, (clear, sharp, wrong, nothing)))
-    images, verdicts = gate(
-        reader, torch.stack([lr, truth, other, noise]), lr.expand(4, -1, -1, -1).clone(), [SIZE] * 4,
+    images, verdicts, readings = gate(
+        reader, torch.stack(lit), lr.expand(4, -1, -1, -1).clone(), [SIZE] * 4,
         config=GateConfig(mismatch=1.5, refused=0.4),
     )  # fmt: skip
     assert [v.action for v in verdicts] == ["kept", "kept", "blended", "input"]
@@ -157,32 +157,33 @@ def test_the_gate_against_four_restorers():
     assert (images[2] - lr)[..., 100:108].abs().max() < 0.1  # the lie is gone,
     assert (images[2] - lit[2])[..., :80].abs().max() < 0.05  # the rest stayed
     assert torch.equal(images[3], lr) and verdicts[3].reasons
+    assert all(torch.equal(read.probs, reader.read(image[None]).probs) for read, image in zip(readings, images))
 
 
 def test_by_default_one_refused_character_takes_the_line_back():
     lr, restored = blur(bars()[None], (1.0, 1.0))[0], bars()
-    lit = same_light(restored[None], lr[None])[0]
+    lit = same_light(restored[None], lr[None])[0].clamp(-1, 1)
     for after, action in ((reading("AC", 0.8, 0.6), "input"), (reading("AB", 0.8, 0.6), "blended")):
         reader = Reader((lr, reading("AB", 0.8, 0.66)), (lit, after))
-        images, [verdict] = gate(reader, restored[None], lr[None], [SIZE], config=GateConfig(mismatch=9, worse=1))
+        images, [verdict], _ = gate(reader, lit[None], lr[None], [SIZE], config=GateConfig(mismatch=9, worse=1))
         assert verdict.action == action and torch.equal(images[0], lr) == (action == "input")
 
 
 def test_a_line_that_became_less_certain_is_taken_back():
     lr, restored = blur(bars()[None], (1.0, 1.0))[0], bars()
-    lit = same_light(restored[None], lr[None])[0]
+    lit = same_light(restored[None], lr[None])[0].clamp(-1, 1)
     reader = Reader((lr, reading("AB", 0.8, 0.8)), (lit, reading("AB", 0.76, 0.76)))
-    images, [verdict] = gate(reader, restored[None], lr[None], [SIZE], config=GateConfig(mismatch=9))
+    images, [verdict], _ = gate(reader, lit[None], lr[None], [SIZE], config=GateConfig(mismatch=9))
     assert verdict.action == "input" and torch.equal(images[0], lr) and "less certain by 0.04" in verdict.reasons[-1]
 
 
 def test_what_is_put_back_is_the_safe_picture():
     lr, restored, safe = blur(bars()[None], (1.0, 1.0))[0], bars(), blur(bars()[None], (0.5, 0.5))[0]
-    lit = same_light(restored[None], lr[None])[0]
+    lit = same_light(restored[None], lr[None])[0].clamp(-1, 1)
     for worse, after in ((0.02, 0.6), (1.0, 0.6)):  # the whole line is less certain; half of its characters is blended
         reader = Reader((lr, reading("AB", 0.8, 0.8)), (lit, reading("AB", 0.9, after)))
         config = GateConfig(mismatch=9, worse=worse)
-        images, [verdict] = gate(reader, restored[None], lr[None], [SIZE], config=config, safe=safe[None])
+        images, [verdict], _ = gate(reader, lit[None], lr[None], [SIZE], config=config, safe=safe[None])
         if verdict.action == "input":
             assert torch.equal(images[0], safe)
         else:
@@ -191,11 +192,11 @@ def test_what_is_put_back_is_the_safe_picture():
 
 def test_a_line_drawn_with_an_uncertain_text_is_not_shown():
     lr, restored = blur(bars()[None], (1.0, 1.0))[0], bars()
-    lit = same_light(restored[None], lr[None])[0]
+    lit = same_light(restored[None], lr[None])[0].clamp(-1, 1)
     reader = Reader((lr, reading("AB", 0.8, 0.8)), (lit, reading("AB", 0.9, 0.9)))
     actions = []
     for sure in (None, [[]], [[0.9, 0.9]], [[0.99, 0.6]]):  # nothing is known; no text was drawn; certain; uncertain
-        images, [verdict] = gate(reader, restored[None], lr[None], [SIZE], config=GateConfig(mismatch=9), sure=sure)
+        images, [verdict], _ = gate(reader, lit[None], lr[None], [SIZE], config=GateConfig(mismatch=9), sure=sure)
         actions.append(verdict.action)
         assert torch.equal(images[0], lr) == (verdict.action == "input")
     assert actions == ["kept", "kept", "kept", "input"] and "80%" in verdict.reasons[-1]
@@ -203,3 +204,16 @@ def test_a_line_drawn_with_an_uncertain_text_is_not_shown():
 
 def test_certainty_of_an_empty_reading_is_zero():
     assert certainty(Reading.of(torch.zeros(2, 3, dtype=torch.long))).tolist() == [0, 0]
+
+
+def test_a_line_is_read_again_only_where_it_was_blended():
+    lr, restored = blur(bars()[None], (1.0, 1.0)), bars()[None]
+
+    def asked(certain: float) -> tuple[str, int]:
+        reader, pictures = Reader((lr[0], reading("AB", 0.8, 0.8)), (restored[0], reading("AB", 0.9, certain))), []
+        read, reader.read = reader.read, lambda images: pictures.append(images) or read(images)
+        known = {"before": read(lr), "after": read(restored)}
+        _, [verdict], _ = gate(reader, restored, lr, [SIZE], config=GateConfig(mismatch=9, worse=1), **known)
+        return verdict.action, len(pictures)
+
+    assert asked(0.9) == ("kept", 0) and asked(0.7) == ("blended", 1)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -229,10 +230,12 @@ def test_left_stays_left_and_red_stays_red(line):
 # ---------------------------------------------------------------- the call
 
 
-@pytest.mark.parametrize("size", [(64, 64), (91, 30), (240, 30)])
-def test_a_restoration_has_height_128_and_the_ratio_of_its_input(model, size):
-    result = restore(model, Image.new("RGB", size, "white"), steps=1)
-    assert result.image.size == (round(128 * size[0] / size[1]), 128) and result.image.mode == "RGB"
+@pytest.mark.parametrize("size", [(64, 64), (91, 30), (240, 30), (300, 150)])
+def test_a_restoration_has_the_ratio_of_its_input_and_is_128_high_or_as_high_as_that(model, size):
+    result, height = restore(model, Image.new("RGB", size, "white"), steps=1), max(128, size[1])
+    assert result.image.size == (round(height * size[0] / size[1]), height) and result.image.mode == "RGB"
+    low = restore(model, Image.new("RGB", size, "white"), steps=1, height=32)
+    assert low.image.size == (round(32 * size[0] / size[1]), 32)
     assert len(result.confidence) == len(result.text) and all(0 <= p <= 1 for p in result.confidence)
     assert result.trace == [] and isinstance(result.read_from_input, str)
 
@@ -300,14 +303,17 @@ def test_the_gate_has_the_last_word_unless_it_is_off_or_the_text_is_known(model,
     told = restore(model, line, steps=1, text="ABC")
     assert free.gate is None and told.gate is None
     assert gated.gate.action in ("kept", "blended", "input")
-    model.config.mismatch_limit, limit = -1.0, model.config.mismatch_limit  # nothing can match so well
-    try:
-        stopped = restore(model, line, steps=1)
-    finally:
-        model.config.mismatch_limit = limit
-    assert stopped.gate.action == "input" and stopped.gate.reasons
-    plain = canvas_to_line(line_to_canvas(np.asarray(line), (32, 128), interpolation="linear"), 3.0)
-    assert np.abs(np.asarray(stopped.image).astype(int) - np.asarray(plain)).max() <= 1
+
+
+def test_what_is_put_back_whole_is_the_input_itself_and_has_not_been_through_the_canvas(model, line, monkeypatch):
+    monkeypatch.setattr(model.config, "mismatch_limit", -1.0)  # nothing can match so well
+    large = line.resize((900, 300))
+    stopped, same = restore(model, line, steps=1), restore(model, large, steps=1)
+    assert stopped.gate.action == same.gate.action == "input" and stopped.gate.reasons
+    enlarged = cv2.resize(np.asarray(line), (384, 128), interpolation=cv2.INTER_LINEAR)
+    assert stopped.image.tobytes() == enlarged.tobytes() and same.image.tobytes() == large.tobytes()
+    small = restore(model, large, steps=1, height=30).image
+    assert small.tobytes() == cv2.resize(np.asarray(large), (90, 30), interpolation=cv2.INTER_AREA).tobytes()
 
 
 def test_places_of_what_another_reader_saw():

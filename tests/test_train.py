@@ -130,6 +130,7 @@ def sets(tmp_path_factory):
         for arguments in (
             ["--pool", "pool"], ["--lmdb", "lines"], ["--shards", "shards", "--source", "lmdb:lines"],
             ["--clean", "lmdb:lines", "--output", "lines.tsv"], ["--clean", "pairs:pairs", "--output", "pairs.tsv"],
+            ["--lmdb", "sharp", "--source", "pairs:pairs"],
         ):  # fmt: skip
             assert dataset_command([*arguments, *common]) == 0, arguments
     return folder
@@ -137,8 +138,11 @@ def sets(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "data",
-    ["synthetic", "pool:pool", "lmdb:lines", "lmdb:lines@lines.tsv", "pairs:pairs@pairs.tsv", "shards:shards"],
-)
+    [
+        "synthetic", "pool:pool", "lmdb:lines", "lmdb:lines@lines.tsv", "lmdb:sharp", "pairs:pairs",
+        "pairs:pairs@pairs.tsv", "shards:shards",
+    ],
+)  # fmt: skip
 def test_a_run_learns_from_every_kind_of_data(sets, tmp_path, monkeypatch, data):
     monkeypatch.chdir(sets)
     config = TrainConfig("recognizer", output=tmp_path, data=data, steps=1, bar=False, **TINY)
