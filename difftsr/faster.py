@@ -249,7 +249,7 @@ class FasterConfig:
     judge: Literal["v6", "v4", "tesseract"] = "v6"  # who reads
     steps: tuple[int, ...] = STEPS  # of --sweep
     minutes: float = 60.0  # of --distill
-    data: str = "synthetic"  # of --distill: "synthetic", "pool:PATH", "lmdb:PATH" or "pairs:PATH"
+    data: str = "synthetic"  # of --distill: synthetic, or pool:, lmdb:, pairs: or shards: and a path
     output: Path = Path("runs/student")  # of --distill
     benchmark: Path | None = None  # file of figures; data/benchmarks/faster.json
 

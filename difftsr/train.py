@@ -88,7 +88,7 @@ class TrainConfig:
     stage: Literal["vae", "recognizer", "idm", "few-step", "tdm", "mom", "all"] = "all"  # "all": those not yet done
     preset: str = "classroom"  # "tiny", "classroom" or "paper"
     output: Path | None = None  # folder of the run; default runs/<preset>
-    data: str = "synthetic"  # "synthetic", "pool:PATH", "lmdb:PATH" or "pairs:PATH"
+    data: str = "synthetic"  # synthetic, or pool:, lmdb:, pairs: or shards: and a path
     steps: int | None = None  # optimisation steps; default 20000 where --minutes is not given
     minutes: float | None = None  # stop after so many minutes; the learning rate follows the clock
     batch_size: int | None = None  # lines of a share: what one process takes at once; default from the stage

@@ -581,17 +581,41 @@ def lmdb_environment(path: str):
     return _ENVIRONMENTS[key][1]
 
 
-class LmdbLines(LineSource):
-    """Lines of an LMDB laid out like CTR: `num-samples`, and from 1 on `image-%09d` (a picture file), `label-%09d`.
+class StoredLines(LineSource):
+    """Lines that somebody has stored under `path`; subclasses say what `raw(index)` and `len` are.
 
     Only good records count: at most 24 characters, 1 <= width / height <= 8, a picture that opens. A bad one is
-    reported once, and the next good one stands in for it. The file is opened anew in every process.
+    reported once, and the next good one stands in for it.
     """
 
     def __init__(self, path: str | Path, alphabet: Alphabet, size: tuple[int, int], **options):
         super().__init__(alphabet, size, **options)
         self.path = str(path)
         self.errors: dict[int, str] = {}  # index -> what is wrong with that record
+
+    def line(self, index: int) -> Line:
+        for candidate in range(index, index + len(self)):
+            candidate %= len(self)
+            if candidate in self.errors:
+                continue
+            try:
+                line = self.raw(candidate)
+                check_line(line.hr, line.text)
+                return line
+            except ValueError as error:
+                self.errors[candidate] = str(error)
+                warnings.warn(f"{self.path}: record {candidate + 1} left out: {error}", stacklevel=2)
+        raise ValueError(f"{self.path} holds no good record")
+
+
+class LmdbLines(StoredLines):
+    """Lines of an LMDB laid out like CTR: `num-samples`, and from 1 on `image-%09d` (a picture file), `label-%09d`.
+
+    The file is opened anew in every process.
+    """
+
+    def __init__(self, path: str | Path, alphabet: Alphabet, size: tuple[int, int], **options):
+        super().__init__(path, alphabet, size, **options)
         count = self._read(b"num-samples")
         if count is None:
             raise ValueError(f"{path} has no key num-samples: not an LMDB of text lines")
@@ -599,23 +623,6 @@ class LmdbLines(LineSource):
 
     def __len__(self) -> int:
         return self.length
-
-    def line(self, index: int) -> Line:
-        for candidate in range(index, index + self.length):
-            candidate %= self.length
-            if candidate in self.errors:
-                continue
-            try:
-                return self._line(candidate)
-            except ValueError as error:
-                self.errors[candidate] = str(error)
-                warnings.warn(f"{self.path}: record {candidate + 1} left out: {error}", stacklevel=2)
-        raise ValueError(f"{self.path} holds no good record")
-
-    def _line(self, index: int) -> Line:
-        line = self.raw(index)
-        check_line(line.hr, line.text)
-        return line
 
     def raw(self, index: int) -> Line:
         label, data = self._read(b"label-%09d" % (index + 1)), self._read(b"image-%09d" % (index + 1))
@@ -698,32 +705,26 @@ assert len(said) == 2 and set(ctr.errors) == {2, 4} and texts[2] == texts[3] and
 
 # %%
 #| export
-class PairFolder(LineSource):
+class PairFolder(StoredLines):
     """Real pairs: `labels.tsv` with the columns `file` and `text`, and the pictures `lr/FILE` and `hr/FILE`.
 
     Where one sharp line has several bad ones, a column `hr` names its picture.
     """
 
     def __init__(self, path: str | Path, alphabet: Alphabet, size: tuple[int, int], **options):
-        super().__init__(alphabet, size, **options)
-        self.path = Path(path)
-        if not (self.path / "labels.tsv").is_file():
-            raise ValueError(f"{self.path} is no folder of pairs: there is no labels.tsv")
-        self.rows = read_table(self.path / "labels.tsv")
+        super().__init__(path, alphabet, size, **options)
+        if not Path(path, "labels.tsv").is_file():
+            raise ValueError(f"{path} is no folder of pairs: there is no labels.tsv")
+        self.rows = read_table(Path(path, "labels.tsv"))
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def raw(self, index: int) -> Line:
         row = self.rows[index]
-        hr = self._open(self.path / "hr" / (row.get("hr") or row["file"]))
-        lr = self._open(self.path / "lr" / row["file"])
-        return Line(hr, row["text"], str(self.path / "lr" / row["file"]), lr=lr)
-
-    def line(self, index: int) -> Line:
-        line = self.raw(index)
-        check_line(line.hr, line.text)
-        return line
+        hr = self._open(Path(self.path, "hr", row.get("hr") or row["file"]))
+        lr = self._open(Path(self.path, "lr", row["file"]))
+        return Line(hr, row["text"], str(Path(self.path, "lr", row["file"])), lr=lr)
 
     @staticmethod
     def _open(path: Path) -> np.ndarray:

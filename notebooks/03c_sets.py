@@ -9,7 +9,8 @@
 # %% [markdown]
 # # 03c · Writing sets: samples, evaluation, pools, LMDB
 #
-# A figure means something when others can measure it again on the very same lines. This lesson writes the lines by which this project is judged, and is the command that turns any source of lines into a set on disk.
+# A figure means something when others can measure it again on the very same lines. This lesson writes the lines by
+# which this project is judged, and is the command that turns any source of lines into a set on disk.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/03c_sets.ipynb)
@@ -120,7 +121,9 @@ alphabet = Alphabet.classroom()
 # %% [markdown]
 # ## 1. The sample lines
 #
-# What `make demo` restores. Four typefaces, both pipelines, three strengths, Chinese and Latin: everything is written out in a table, and the texts join those that the phrase sampler refuses. `python -m difftsr.dataset --samples DIR` writes them anew where the four typefaces are installed.
+# What `make demo` restores. Four typefaces, both pipelines, three strengths, Chinese and Latin: everything is written
+# out in a table, and the texts join those that the phrase sampler refuses. `python -m difftsr.dataset --samples DIR`
+# writes them anew where the four typefaces are installed.
 
 # %%
 #| export
@@ -196,7 +199,12 @@ _ = plt.axis("off")
 # %% [markdown]
 # ## 2. The evaluation sets
 #
-# `data/eval/dev` (40 lines, for every choice) and `data/eval/test` (80 lines, for reported figures only) hold each line in four strengths. The texts stand in `data/eval/texts.tsv`; the phrase sampler of lesson 01 refuses them. The four faces take turns, and so do the two pipelines. The severe range was set once, on `dev`: PP-OCRv4 reads .59 of the characters of its bicubic enlargements (mild 1.00, medium .99, hard .95; on `test` .56, 1.00, .99, .95). `python -m difftsr.dataset --eval FOLDER` writes both sets again where the four faces are installed, `sha256sum --check SHA256SUMS` says whether a copy is whole.
+# `data/eval/dev` (40 lines, for every choice) and `data/eval/test` (80 lines, for reported figures only) hold each
+# line in four strengths. The texts stand in `data/eval/texts.tsv`; the phrase sampler of lesson 01 refuses them. The
+# four faces take turns, and so do the two pipelines. The severe range was set once, on `dev`: PP-OCRv4 reads .59 of
+# the characters of its bicubic enlargements (mild 1.00, medium .99, hard .95; on `test` .56, 1.00, .99, .95). `python
+# -m difftsr.dataset --eval FOLDER` writes both sets again where the four faces are installed, `sha256sum --check
+# SHA256SUMS` says whether a copy is whole.
 
 # %%
 #| export
@@ -240,13 +248,21 @@ def write_evaluation_sets(folder: str | Path) -> None:
 # %% [markdown]
 # ## 3. On the command line
 #
-# `python -m difftsr.dataset --pool runs/pool --count 20000 --degradations 2` renders ahead; training then says `--data pool:runs/pool`. `--lmdb PATH` and `--shards PATH` write sharp lines instead, of any `--source`; `--clean lmdb:PATH --output index.tsv` checks what others have written.
+# `python -m difftsr.dataset --pool runs/pool --count 20000 --degradations 2` renders ahead; training then says
+# `--data pool:runs/pool`. `--lmdb PATH` and `--shards PATH` write sharp lines instead, of any `--source`; `--clean
+# lmdb:PATH --output index.tsv` checks what others have written.
 #
 # ## 4. What does it cost?
 #
-# Rates of lines as `python tests/bench_data.py` has measured them. Those of one core are lines for a second of its processor time, which others on the machine hardly change. Those of the loaders go by the clock, and the machine was busy (`load_average_of_loaders` in the file): they are a lower bound. On a CPU the batched degradation keeps step with the one-line form; on a graphics card it has the card's speed, which nobody has measured here.
+# Rates of lines as `python tests/bench_data.py` has measured them. Those of one core are lines for a second of its
+# processor time, which others on the machine hardly change. Those of the loaders go by the clock, and the machine was
+# busy (`load_average_of_loaders` in the file): they are a lower bound. On a CPU the batched degradation keeps step
+# with the one-line form; on a graphics card it has the card's speed, which nobody has measured here.
 #
-# How would one feed 3,000 lines a second? Not by rendering and degrading each line when it is asked for: the table says how many cores that takes. So render a pool of sharp canvases once, read it, draw the recipes on the host, and let the card degrade (`degrade_batch`) and encode. What that takes in cores is measured; what it takes of the card is *counted*, from the calls and bytes of the batched form, and `not_measured` says what was assumed.
+# How would one feed 3,000 lines a second? Not by rendering and degrading each line when it is asked for: the table
+# says how many cores that takes. So render a pool of sharp canvases once, read it, draw the recipes on the host, and
+# let the card degrade (`degrade_batch`) and encode. What that takes in cores is measured; what it takes of the card
+# is *counted*, from the calls and bytes of the batched form, and `not_measured` says what was assumed.
 
 # %%
 measured = json.loads((data_folder() / "benchmarks" / "data.json").read_text(encoding="utf-8"))
@@ -379,14 +395,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # - One command writes pools, LMDB and shards from any source, and cleans what others have written.
 # - A line costs milliseconds to render and to spoil: render once, and spoil where the card can do it.
 #
+# ## Check yourself
+#
+# 1. Why are there two evaluation sets, and why may one look at the first as often as one likes?
+# 2. What would be lost if training saw the typefaces of the test, but not its texts?
+# 3. A set is a function of a table and a seed. Why are its pictures stored and checked by sums all the same?
+# 4. When is a pool of degraded lines better than spoiling lines anew, and when not?
+#
+# <details><summary>Answers</summary>
+#
+# 1. Whoever chooses among ten settings by a set keeps the one that the set's accidents favour. So choices are made
+#    on `dev`, and the figures that are told come from `test`, on which nothing was chosen.
+# 2. The answer to the question whether a restorer draws characters or remembers pictures of them: a typeface that
+#    was seen is half of the line.
+# 3. Fonts, FreeType and codecs differ between machines and years; the table does not. The stored pictures are the
+#    set, the sums say whether a copy is whole, and the command says how they came about.
+# 4. Where cores are scarce: a pool costs no rendering and no degradation while training. Where there are few lines
+#    and many steps it is worse: the model sees the same damage again and learns it by heart.
+#
+# </details>
+#
 # ## Exercises
 #
-# 1. Write a pool of 200 lines with `--strength severe` and one with `--strength mild`, and read both with lesson 05's recogniser.
+# 1. Write a pool of 200 lines with `--strength severe` and one with `--strength mild`, and read both with lesson 05's
+#    recogniser.
 # 2. From the rates above: how many cores would feed 3,000 lines a second if every line were rendered anew?
 # 3. Change one pixel of a copy of `data/eval/dev` and let `sha256sum --check SHA256SUMS` find it.
 #
 # Graded tasks end [lesson 03](03_dataset.ipynb).
 #
+# ## References
+#
+# - Chen et al., *Benchmarking Chinese Text Recognition: Datasets, Baselines, and an Empirical Study*, 2021 (arXiv
+#   2112.15093): the CTR set and its LMDB layout.
+# - Wang et al., *Real-ESRGAN*, ICCVW 2021 (arXiv 2107.10833), and Zhang et al., *Designing a Practical Degradation
+#   Model for Deep Blind Image Super-Resolution* (BSRGAN), ICCV 2021 (arXiv 2103.14006): the two pipelines that
+#   spoil the lines.
+#
 # ## Where to go next
 #
-# [Lesson 04](04_vae.ipynb) is the first to learn from these lines: it compresses one to a latent of a fraction of the size.
+# [Lesson 04](04_vae.ipynb) is the first to learn from these lines: it compresses one to a latent of a fraction of the
+# size.

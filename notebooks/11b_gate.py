@@ -9,9 +9,13 @@
 # %% [markdown]
 # # 11b · Do no harm: a gate behind the sampler
 #
-# **What you will build.** The gate that looks at a restored line before anyone else does: where the restored line disagrees with the photograph it came from, or reads worse, the gate puts the photograph back, character by character.
+# **What you will build.** The gate that looks at a restored line before anyone else does: where the restored line
+# disagrees with the photograph it came from, or reads worse, the gate puts the photograph back, character by
+# character.
 #
-# **What you will understand.** Why a generative model may make a readable line unreadable; what can be checked without knowing the truth; how two readings of one line are aligned; and why the gate must be tested against restorers that lie.
+# **What you will understand.** Why a generative model may make a readable line unreadable; what can be checked
+# without knowing the truth; how two readings of one line are aligned; and why the gate must be tested against
+# restorers that lie.
 #
 # **What you need.** Lessons 05 and 11. 0.5 minutes and 1 GB of memory on two CPU cores.
 
@@ -92,7 +96,8 @@ set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})  # noise as PNG would
 # %% [markdown]
 # ## 1. A sharp lie
 #
-# A restorer that is trained to draw sharp strokes draws sharp strokes, also where it cannot know them. Take a line that is hard to read, and a "restoration" of it that looks wonderful and says something else.
+# A restorer that is trained to draw sharp strokes draws sharp strokes, also where it cannot know them. Take a line
+# that is hard to read, and a "restoration" of it that looks wonderful and says something else.
 
 # %%
 renderer = LineRenderer(find_fonts(package_font_folders()))
@@ -124,11 +129,16 @@ plt.show()
 
 
 # %% [markdown]
-# Published diffusion methods do this often enough that, on real lines which are only a little damaged, their output reads *worse* than their input. A reader of old files would rather have a blurred truth than a sharp lie. So before a restored line leaves the house, four questions are asked, none of which needs the truth:
+# Published diffusion methods do this often enough that, on real lines which are only a little damaged, their output
+# reads *worse* than their input. A reader of old files would rather have a blurred truth than a sharp lie. So before
+# a restored line leaves the house, four questions are asked, none of which needs the truth:
 #
-# 1. **Would this line, photographed badly, give that photograph?** Brought down to the resolution of the input, the two must agree.
-# 2. **Does the recogniser still read what it read before?** Where it was certain before, nothing may change. Where it changes its mind, it must be much more certain than it was.
-# 3. **How certain is the text that was drawn?** A model that draws what it is told draws a misreading just as sharply.
+# 1. **Would this line, photographed badly, give that photograph?** Brought down to the resolution of the input, the
+#    two must agree.
+# 2. **Does the recogniser still read what it read before?** Where it was certain before, nothing may change. Where it
+#    changes its mind, it must be much more certain than it was.
+# 3. **How certain is the text that was drawn?** A model that draws what it is told draws a misreading just as
+#    sharply.
 # 4. **Is the line, on the whole, at least as legible as the input?**
 #
 # | symbol | in code | meaning |
@@ -142,7 +152,10 @@ plt.show()
 #
 # ## 2. The first question: does it match?
 #
-# The photograph has far fewer pixels than the canvas. One of its pixels covers $H / h$ rows and $W / w$ columns of the canvas, its *pitch*. What is finer than that pitch the restorer had to invent, and may; what is coarser it must leave alone. So blur both by the pitch, and compare. Noise and JPEG blocks of the input are as fine as its pixels, so the blur removes most of them too.
+# The photograph has far fewer pixels than the canvas. One of its pixels covers $H / h$ rows and $W / w$ columns of
+# the canvas, its *pitch*. What is finer than that pitch the restorer had to invent, and may; what is coarser it must
+# leave alone. So blur both by the pitch, and compare. Noise and JPEG blocks of the input are as fine as its pixels,
+# so the blur removes most of them too.
 #
 # $$e(u) = \frac{1}{c} \sqrt{\operatorname{mean}_v \left( G_\sigma * (y - x) \right)^2(v, u)} ,\qquad c = \operatorname{std}(G_\sigma * x) .$$
 #
@@ -195,7 +208,9 @@ plt.tight_layout()
 plt.show()
 
 # %% [markdown]
-# The input agrees with itself. The truth does not agree perfectly, because the photograph was blurred by more than its pitch, but evenly so; the lie stands out exactly where it lies. The limit between the two is not a matter of taste: it is what 95 of 100 *true* sharp lines stay under.
+# The input agrees with itself. The truth does not agree perfectly, because the photograph was blurred by more than
+# its pitch, but evenly so; the lie stands out exactly where it lies. The limit between the two is not a matter of
+# taste: it is what 95 of 100 *true* sharp lines stay under.
 
 # %%
 pairs = [row for row in read_table(data_folder() / "samples" / "labels.tsv")]
@@ -210,7 +225,9 @@ for strength in ("mild", "medium", "hard"):
 # %% [markdown]
 # ## 3. The second question: what does it say?
 #
-# The recogniser reads the input and the output. To compare the two readings, we must know which character became which. `difflib`, in Python's library, finds the runs that agree; what lies between two of them was changed, put in, or left out.
+# The recogniser reads the input and the output. To compare the two readings, we must know which character became
+# which. `difflib`, in Python's library, finds the runs that agree; what lies between two of them was changed, put in,
+# or left out.
 
 # %%
 before, after = "南湖码头15号", "南潮码头5号"
@@ -219,7 +236,8 @@ for kind, i, i_end, j, j_end in SequenceMatcher(None, before, after, autojunk=Fa
 
 
 # %% [markdown]
-# Now the rules, for every character of the output. $p_x$ is the certainty of its counterpart in the input (the largest, where several characters became one; 0, where there was none).
+# Now the rules, for every character of the output. $p_x$ is the certainty of its counterpart in the input (the
+# largest, where several characters became one; 0, where there was none).
 #
 # | the reading | keep |
 # | --- | --- |
@@ -302,7 +320,8 @@ for p_x, p_y in ((0.95, 0.99), (0.5, 0.9), (0.5, 0.6)):
 
 
 # %% [markdown]
-# A character's share of the columns reaches from half-way to its left neighbour to half-way to its right one; the recogniser's attention tells where each stands. Seams are feathered, so that nobody sees them.
+# A character's share of the columns reaches from half-way to its left neighbour to half-way to its right one; the
+# recogniser's attention tells where each stands. Seams are feathered, so that nobody sees them.
 
 # %%
 #| export
@@ -334,13 +353,28 @@ plt.show()
 # %% [markdown]
 # ## 4. The gate
 #
-# One more thing costs nothing: slow changes of colour and light are in the input already, however small it is. They are taken from there, so that no restored line has another colour than its photograph: $y \leftarrow y + G_{H/4} * (x - y)$ (`same_light`, before anyone reads the line).
+# One more thing costs nothing: slow changes of colour and light are in the input already, however small it is. They
+# are taken from there, so that no restored line has another colour than its photograph: $y \leftarrow y + G_{H/4} *
+# (x - y)$ (`same_light`, before anyone reads the line).
 #
-# Then the questions in order. What happens to a line of which *some* characters were refused? One can put just these back, character by character, and `refused` says up to which share of the line that is done. It looks like the gentle answer, and it was ours, until it was measured: of 80 lines of `data/eval/dev` those with a refused character were read with .76 after such patching, and with .86 as they came (PP-OCRv4). A line that lies in one place is not to be trusted in the others. So by default one refused character takes the whole line back, and only doubts are blended. A blended line is read once more: a seam could have made things worse. (What is kept was read already, and what is put back is the input, which was read first of all.)
+# Then the questions in order. What happens to a line of which *some* characters were refused? One can put just these
+# back, character by character, and `refused` says up to which share of the line that is done. It looks like the
+# gentle answer, and it was ours, until it was measured: of 80 lines of `data/eval/dev` those with a refused character
+# were read with .76 after such patching, and with .86 as they came (PP-OCRv4). A line that lies in one place is not
+# to be trusted in the others. So by default one refused character takes the whole line back, and only doubts are
+# blended. A blended line is read once more: a seam could have made things worse. (What is kept was read already, and
+# what is put back is the input, which was read first of all.)
 #
-# The second question has a blind spot. A restorer that draws "南潮" because it *read* "南潮" shows the recogniser exactly what it expects, and the recogniser is content. Whoever told the lie cannot be the witness. So the third question looks at where the text came from: lesson 11d turns the opinions of the text diffusion, of the reading before and of the reading after into one probability that a character is right; how much each opinion is worth was found on lines whose text is known. A line whose characters are right with a mean probability below `sure` is not shown as it was drawn.
+# The second question has a blind spot. A restorer that draws "南潮" because it *read* "南潮" shows the recogniser exactly
+# what it expects, and the recogniser is content. Whoever told the lie cannot be the witness. So the third question
+# looks at where the text came from: lesson 11d turns the opinions of the text diffusion, of the reading before and of
+# the reading after into one probability that a character is right; how much each opinion is worth was found on lines
+# whose text is known. A line whose characters are right with a mean probability below `sure` is not shown as it was
+# drawn.
 #
-# **What is put back.** The input has to be brought to the size of the output, and how is not a matter of taste. The bicubic filter has negative lobes: beside an edge it overshoots, and of noise it makes ripples as wide as strokes. Linear interpolation cannot leave the range of its neighbours. A step between two pixels shows it:
+# **What is put back.** The input has to be brought to the size of the output, and how is not a matter of taste. The
+# bicubic filter has negative lobes: beside an edge it overshoots, and of noise it makes ripples as wide as strokes.
+# Linear interpolation cannot leave the range of its neighbours. A step between two pixels shows it:
 
 # %%
 step = np.full((2, 6, 3), 60, np.uint8)
@@ -351,7 +385,9 @@ for interpolation in ("cubic", "linear"):
 
 
 # %% [markdown]
-# On the 40 severe lines of `data/eval/dev` PP-OCRv4 reads .558 of the characters in the small input itself, .519 after bicubic and .554 after linear enlargement to 128 rows. So the gate is handed `safe`, the input enlarged linearly, and shows that.
+# On the 40 severe lines of `data/eval/dev` PP-OCRv4 reads .558 of the characters in the small input itself, .519
+# after bicubic and .554 after linear enlargement to 128 rows. So the gate is handed `safe`, the input enlarged
+# linearly, and shows that.
 
 # %%
 #| export
@@ -436,7 +472,9 @@ def gate(
 # %% [markdown]
 # ## 5. Test it against liars
 #
-# A gate that lets everything pass has never failed either. So four restorers are sent through it, three of them on purpose bad ones. To test the gate and not the eyes of a young recogniser, this one knows what it sees: it says what each picture says.
+# A gate that lets everything pass has never failed either. So four restorers are sent through it, three of them on
+# purpose bad ones. To test the gate and not the eyes of a young recogniser, this one knows what it sees: it says what
+# each picture says.
 
 # %%
 class Oracle:
@@ -481,11 +519,15 @@ plt.show()
 
 
 # %% [markdown]
-# The truth passes; noise does not; of the lie three characters pass, which are true, and the fourth is replaced by the photograph. (That is with `refused=0.4`. By default the lie is taken back whole.)
+# The truth passes; noise does not; of the lie three characters pass, which are true, and the fourth is replaced by
+# the photograph. (That is with `refused=0.4`. By default the lie is taken back whole.)
 #
 # ## 6. Where the limit comes from
 #
-# `mismatch_limit` measures pairs of true sharp lines and their photographs. It is run on `data/eval/dev` when new weights are made, and its answer is saved with them. Judges (the readers of lesson 14) have no say while the gate works. They were asked once, on `dev`, for the share above; whoever tunes a safeguard by the examiner's marks learns the examiner, and only `data/eval/test`, on which nothing was chosen, can tell how much.
+# `mismatch_limit` measures pairs of true sharp lines and their photographs. It is run on `data/eval/dev` when new
+# weights are made, and its answer is saved with them. Judges (the readers of lesson 14) have no say while the gate
+# works. They were asked once, on `dev`, for the share above; whoever tunes a safeguard by the examiner's marks learns
+# the examiner, and only `data/eval/test`, on which nothing was chosen, can tell how much.
 
 # %%
 #| export
@@ -517,15 +559,38 @@ print(f"limit on the twelve sample lines: {mismatch_limit(measured):.2f}")
 # %% [markdown]
 # ## Summary
 #
-# - What cannot be known from the input may be invented; what can be known must not be changed. The pitch of the input's pixels is the border between the two.
-# - A clear reading is protected, a changed one must be surer, and a line that became less legible, or was drawn with an uncertain text, is taken back.
+# - What cannot be known from the input may be invented; what can be known must not be changed. The pitch of the
+#   input's pixels is the border between the two.
+# - A clear reading is protected, a changed one must be surer, and a line that became less legible, or was drawn with
+#   an uncertain text, is taken back.
 # - What is put back is the input, enlarged by a filter that does not overshoot.
 # - The gate is tested with the identity, noise, a liar and the truth, and decides with our own recogniser alone.
+#
+# ## Check yourself
+#
+# 1. A restored line is sharp, and at the input's resolution it agrees with the input. Can it still be wrong?
+# 2. Why may the judges of lesson 14 not sit in the gate?
+# 3. Our recogniser reads what was drawn with great confidence. Why is that weak evidence?
+# 4. Why is a refused line enlarged linearly, and not by the sharper bicubic filter?
+#
+# <details><summary>Answers</summary>
+#
+# 1. Yes: whatever is finer than the input's pixels is free. Two characters that differ in one fine stroke look the
+#    same there. That is why two more questions follow.
+# 2. What passes the gate would be what they like, and their marks would measure their own taste. A safeguard that
+#    is asked with the examiner's answers at hand cannot be examined.
+# 3. It told the image diffusion what to draw. Its reading of the result repeats its reading of the input, right or
+#    wrong; so the gate asks how often such texts were right on lines whose text is known.
+# 4. The negative lobes of the bicubic filter overshoot at edges and make ripples of noise that are as wide as
+#    strokes; what is put back shall contain nothing that was not there.
+#
+# </details>
 
 # %% [markdown]
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/11b_gate.ipynb](../exercises/11b_gate.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+# The same tasks without solutions: [exercises/11b_gate.ipynb](../exercises/11b_gate.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
 import torch
@@ -537,11 +602,13 @@ from difftsr.exercises import check, near
 # %% [markdown]
 # ### 1 · Whose column is it? · ●○○ easy
 #
-# Characters have centres between 0 (left) and 1 (right). Divide the columns of a line among them: each reaches half-way to its neighbours, the first and the last to the borders.
+# Characters have centres between 0 (left) and 1 (right). Divide the columns of a line among them: each reaches
+# half-way to its neighbours, the first and the last to the borders.
 #
 # <details><summary>Hint</summary>
 #
-# Edges: 0, the rounded means of neighbouring centres times the width, the width. `zip(edges[:-1], edges[1:])` pairs them.
+# Edges: 0, the rounded means of neighbouring centres times the width, the width. `zip(edges[:-1], edges[1:])` pairs
+# them.
 #
 # </details>
 
@@ -570,7 +637,9 @@ check({
 # %% [markdown]
 # ### 2 · May it be changed? · ●●○ medium
 #
-# A character was read as one thing before restoration, with certainty $p_x$, and as another after it, with $p_y$. Write the rule: a reading of at least .9 is never changed; one below .5 is worth nothing; otherwise the new one must be surer by .15. (A new reading of something worth nothing needs .15 as well.)
+# A character was read as one thing before restoration, with certainty $p_x$, and as another after it, with $p_y$.
+# Write the rule: a reading of at least .9 is never changed; one below .5 is worth nothing; otherwise the new one must
+# be surer by .15. (A new reading of something worth nothing needs .15 as well.)
 #
 # <details><summary>Hint</summary>
 #
@@ -601,7 +670,10 @@ check({
 # %% [markdown]
 # ### 3 · What can be known · ●●● hard
 #
-# Strokes finer than the input's pixels may be invented; what is coarser must agree with the input. Write a disagreement that follows this border: blur the difference of the two canvases by the pixel pitch, take the root of its mean square, and divide by the contrast (standard deviation) of the equally blurred input. Then try it on a change of one column and on a change of a whole character.
+# Strokes finer than the input's pixels may be invented; what is coarser must agree with the input. Write a
+# disagreement that follows this border: blur the difference of the two canvases by the pixel pitch, take the root of
+# its mean square, and divide by the contrast (standard deviation) of the equally blurred input. Then try it on a
+# change of one column and on a change of a whole character.
 #
 # <details><summary>Hint</summary>
 #
@@ -638,11 +710,21 @@ check({
 # %% [markdown]
 # ### Questions to think about
 #
-# - Send the lie of this lesson through a gate with `certain=1.01` and `surer=-1`. Which of the questions still stops it?
-# - The mismatch of the truth is not 0, because the photograph was blurred by more than its pitch. Try ten values of $\sigma$ and see how far the mismatch can fall.
-# - Replace the hard thresholds by one smooth function of $p_x$, $p_y$ and $e$. What do you lose in explaining a decision to a user?
+# - Send the lie of this lesson through a gate with `certain=1.01` and `surer=-1`. Which of the questions still stops
+#   it?
+# - The mismatch of the truth is not 0, because the photograph was blurred by more than its pitch. Try ten values of
+#   $\sigma$ and see how far the mismatch can fall.
+# - Replace the hard thresholds by one smooth function of $p_x$, $p_y$ and $e$. What do you lose in explaining a
+#   decision to a user?
 
 # %% [markdown]
+# ## References
+#
+# - Blau and Michaeli, *The Perception-Distortion Tradeoff*, CVPR 2018 (arXiv 1711.06077): why a sharp picture and a
+#   true one are two wishes.
+# - Keys, *Cubic Convolution Interpolation for Digital Image Processing*, IEEE Transactions on Acoustics, Speech,
+#   and Signal Processing, 1981: the bicubic filter and its negative lobes.
+#
 # ## Where to go next
 #
 # Lesson 12 puts the sampler and this gate behind one call and one command.

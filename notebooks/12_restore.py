@@ -11,7 +11,8 @@
 #
 # **What you will build.** `restore(model, image)`: from any image file to a restored line.
 #
-# **What you will understand.** What image files really contain and how a program goes wrong on them; why the result must get its shape back; what "the same seed gives the same bytes" asks for; how a program says no.
+# **What you will understand.** What image files really contain and how a program goes wrong on them; why the result
+# must get its shape back; what "the same seed gives the same bytes" asks for; how a program says no.
 #
 # **What you need.** Lessons 10 and 11. 0.5 minutes and 1.5 GB of memory on two CPU cores.
 
@@ -102,7 +103,9 @@ set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})  # noise as PNG would
 # %% [markdown]
 # ## 1. Any image file
 #
-# Everything so far assumed three 8-bit channels. Files in the wild also hold palettes, transparency, 16 bits a channel, four printing inks, or a note that the picture is to be turned before it is shown. Let us make one of each from a sample line, and read them the naive way.
+# Everything so far assumed three 8-bit channels. Files in the wild also hold palettes, transparency, 16 bits a
+# channel, four printing inks, or a note that the picture is to be turned before it is shown. Let us make one of each
+# from a sample line, and read them the naive way.
 
 # %%
 #| export
@@ -139,7 +142,9 @@ files = {
 
 
 # %% [markdown]
-# The left column is `Image.open(file).convert("RGB")`. Sixteen bits are cut off at 255 and become a white picture; what was transparent shows the colour that happened to be stored beneath it, here black on black; a photograph lies on its side. The right column is the function that we export.
+# The left column is `Image.open(file).convert("RGB")`. Sixteen bits are cut off at 255 and become a white picture;
+# what was transparent shows the colour that happened to be stored beneath it, here black on black; a photograph lies
+# on its side. The right column is the function that we export.
 
 # %%
 #| export
@@ -180,7 +185,9 @@ assert all(to_rgb(file).size == line.size and to_rgb(file).mode == "RGB" for fil
 
 
 # %% [markdown]
-# A file may also be no line of text at all. The networks have seen lines that are one to eight times as wide as high; the rest is turned down, with a sentence that names the file, says what is wrong, and says what would be right. (Lesson 12b cuts longer lines, and finds the lines of a whole page.)
+# A file may also be no line of text at all. The networks have seen lines that are one to eight times as wide as high;
+# the rest is turned down, with a sentence that names the file, says what is wrong, and says what would be right.
+# (Lesson 12b cuts longer lines, and finds the lines of a whole page.)
 
 # %%
 #| export
@@ -205,9 +212,16 @@ def check_size(width: int, height: int) -> None:
 
 
 # %% [markdown]
-# What else goes wrong with files? They are missing, empty, cut off in the middle, or words under the name of a picture. Some are traps: a PNG of 200 kB can hold 40,000 x 40,000 white pixels, which fill five gigabytes when they are unpacked (a *decompression bomb*). The size stands in the first bytes of the file, so we look at it before anything is unpacked. And a scan at 1,200 dots per inch is far larger than a canvas of 128 pixels in height: a JPEG can be decoded at a half, a quarter or an eighth of its size (`draft`), and everything else is reduced as soon as it is read. So the memory that a file takes has a limit, whatever the file.
+# What else goes wrong with files? They are missing, empty, cut off in the middle, or words under the name of a
+# picture. Some are traps: a PNG of 200 kB can hold 40,000 x 40,000 white pixels, which fill five gigabytes when they
+# are unpacked (a *decompression bomb*). The size stands in the first bytes of the file, so we look at it before
+# anything is unpacked. And a scan at 1,200 dots per inch is far larger than a canvas of 128 pixels in height: a JPEG
+# can be decoded at a half, a quarter or an eighth of its size (`draft`), and everything else is reduced as soon as it
+# is read. So the memory that a file takes has a limit, whatever the file.
 #
-# We keep what the result will need in order to look like its input: the size, the file format and the colour profile. (A profile describes the colours of three channels; four printing inks have another one, so CMYK is converted by it and the profile has done its work.)
+# We keep what the result will need in order to look like its input: the size, the file format and the colour profile.
+# (A profile describes the colours of three channels; four printing inks have another one, so CMYK is converted by it
+# and the profile has done its work.)
 
 # %%
 #| export
@@ -308,13 +322,27 @@ for name in ("tall.png", "empty.png", "notes.png", "nowhere.png", "bomb.png"):
     except ValueError as error:
         print(error)
 
-
 # %% [markdown]
 # ## 2. To the canvas and back
 #
-# The networks work on one canvas, 128 x 512 in the classroom preset, and a line is stretched to it whatever its shape. The released code returns the canvas: every result is 512 x 128, and a line that was 2:1 comes back twice as wide. Its users asked about that three times (issues 5, 6 and 15). We remember the ratio and undo the stretch.
+# The networks work on one canvas, 128 x 512 in the classroom preset, and a line is stretched to it whatever its
+# shape. The released code returns the canvas: every result is 512 x 128, and a line that was 2:1 comes back twice as
+# wide. Its users asked about that three times (issues 5, 6 and 15). We remember the ratio and undo the stretch.
 #
-# > **The released code, row 13.** It also truncates to 8 bits, `(x * 255).astype(uint8)`, which makes every picture half a grey level darker on average; `round` does not.
+# > **The released code, row 13: 8 bits.** It also truncates, `(x * 255).astype(uint8)`, and every picture becomes
+# > darker. Here the nearest of the 256 values is taken. What the difference comes to:
+
+# %%
+decoded = torch.rand(3, 128, 512, generator=torch.Generator().manual_seed(0))  # what a decoder gives, in [0, 1]
+for name, how in (("truncated", torch.floor), ("rounded", torch.round)):
+    error = how(decoded * 255) - decoded * 255
+    print(f"{name:10} {error.mean():+.2f} grey levels on average, {error.abs().max():.2f} at the most")
+assert abs(float((torch.round(decoded * 255) - decoded * 255).mean())) < 0.01
+
+
+# %% [markdown]
+# Half a grey level is nothing to look at. But it is a bias, it comes again with every picture that goes through the
+# code twice, and it costs nothing to avoid. Now there and back again:
 
 # %%
 #| export
@@ -388,14 +416,22 @@ assert pixels.shape == (128, 384, 3) and (pixels == [200, 0, 0]).all()  # red st
 #
 # `restore` is `sample` of lesson 11 with the two edges around it. Three settings deserve a word.
 #
-# - `seed`: a line's random numbers come from its seed alone, on the CPU. The same seed on the same device gives the same bytes, alone or in a batch.
-# - `candidates`: diffusion can try again. With `candidates=4` there are four attempts, and our own recogniser, which never saw the answer, says which one is the most legible: the mean log probability that it gives to the text the attempt was meant to show.
-# - `text`: what the line says, if you know it. It is never changed. A character outside the alphabet is restored from the image alone.
+# - `seed`: a line's random numbers come from its seed alone, on the CPU. The same seed on the same device gives the
+#   same bytes, alone or in a batch.
+# - `candidates`: diffusion can try again. With `candidates=4` there are four attempts, and our own recogniser, which
+#   never saw the answer, says which one is the most legible: the mean log probability that it gives to the text the
+#   attempt was meant to show.
+# - `text`: what the line says, if you know it. It is never changed. A character outside the alphabet is restored from
+#   the image alone.
 
 # %% [markdown]
 # ## A stronger reader, if you like
 #
-# The first guess at the text comes from our own recogniser, which learned from rendered lines in a few hours. Whoever has the package `rapidocr` can ask PP-OCRv6 instead, which learned from millions of photographs: `reader="ppocr"`. It gives a text, a confidence for each character, and the column where it saw it, and that is all a `Reading` needs. A character outside our alphabet becomes *unknown*: it is restored from the image alone, and never replaced by another.
+# The first guess at the text comes from our own recogniser, which learned from rendered lines in a few hours. Whoever
+# has the package `rapidocr` can ask PP-OCRv6 instead, which learned from millions of photographs: `reader="ppocr"`.
+# It gives a text, a confidence for each character, and the column where it saw it, and that is all a `Reading` needs.
+# A character outside our alphabet becomes *unknown*: it is restored from the image alone, and never replaced by
+# another.
 
 # %%
 #| export
@@ -695,7 +731,8 @@ print(f"width / height of the input {one.width / one.height:.2f}, of the result 
 # %% [markdown]
 # ## 4. The command
 #
-# `python -m difftsr.restore photo.png --output restored/` does the same for people who do not write Python. There is more to a command than to a call; lesson 12d builds it.
+# `python -m difftsr.restore photo.png --output restored/` does the same for people who do not write Python. There is
+# more to a command than to a call; lesson 12d builds it.
 
 # %%
 #| export
@@ -712,14 +749,35 @@ if __name__ == "__main__" and "__file__" in globals():
 # %% [markdown]
 # ## Summary
 #
-# - Look at an image file as it is: turn it, put it on white, scale 16 bits down, never unpack more than there is room for, and refuse what is no line with a sentence that helps.
+# - Look at an image file as it is: turn it, put it on white, scale 16 bits down, never unpack more than there is room
+#   for, and refuse what is no line with a sentence that helps.
 # - Stretch to the canvas, restore, undo the stretch; round.
 # - `restore` for one line, `restore_batch` for many. Same seed, same bytes.
+#
+# ## Check yourself
+#
+# 1. Why does the result have the ratio of the input although every line is restored on the same canvas?
+# 2. A line of 300 pixels in height was put back by the gate. Where does its picture come from?
+# 3. Restoring a line alone and in a batch gives the same picture. What has to be true of the random numbers?
+# 4. What does a bomb of 40,000 x 40,000 white pixels cost us?
+#
+# <details><summary>Answers</summary>
+#
+# 1. The ratio is remembered before the line is stretched, and undone on the way back. The network sees stretched
+#    characters, which it has learned to read; nobody else has to.
+# 2. From its own pixels, resized where another height is asked. By way of the canvas it would have been shrunk to
+#    128 rows and enlarged again: harm in the name of safety.
+# 3. Each line draws from a generator of its own, which its seed starts. One generator for the batch would give line
+#    2 what line 1 left over.
+# 4. A look at its first bytes, where the size stands. Nothing is unpacked before the size is known.
+#
+# </details>
 
 # %% [markdown]
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/12_restore.ipynb](../exercises/12_restore.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+# The same tasks without solutions: [exercises/12_restore.ipynb](../exercises/12_restore.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
 import numpy as np
@@ -732,7 +790,8 @@ from difftsr.exercises import check, near
 # %% [markdown]
 # ### 1 · Back to bytes · ●○○ easy
 #
-# Turn a canvas in $[-1, 1]$ into bytes. Predict how dark a picture gets on the average if one truncates instead of rounding, then measure it with both.
+# Turn a canvas in $[-1, 1]$ into bytes. Predict how dark a picture gets on the average if one truncates instead of
+# rounding, then measure it with both.
 #
 # <details><summary>Hint</summary>
 #
@@ -764,11 +823,13 @@ check({
 # %% [markdown]
 # ### 2 · Transparent means white · ●●○ medium
 #
-# A screenshot with transparency, drawn by a program that drops the alpha channel, shows whatever colours lie under it: often black on black. Put it on white.
+# A screenshot with transparency, drawn by a program that drops the alpha channel, shows whatever colours lie under
+# it: often black on black. Put it on white.
 #
 # <details><summary>Hint</summary>
 #
-# $a \cdot \text{colour} + (1 - a) \cdot 255$ with $a = \text{alpha} / 255$. In which type must this be computed? And round.
+# $a \cdot \text{colour} + (1 - a) \cdot 255$ with $a = \text{alpha} / 255$. In which type must this be computed? And
+# round.
 #
 # </details>
 
@@ -798,11 +859,15 @@ check({
 # %% [markdown]
 # ### 3 · The camera was held sideways · ●●● hard
 #
-# A camera stores the picture as its sensor lay, and a number 1 … 8 that says how to turn it: 1 as it is, 2 mirrored left to right, 3 turned by 180°, 4 mirrored top to bottom, 5 transposed, 6 to be turned by 90° clockwise, 7 transposed along the other diagonal, 8 to be turned by 90° counter-clockwise. A line of text read at the wrong one is no text. Write all eight.
+# A camera stores the picture as its sensor lay, and a number 1 … 8 that says how to turn it: 1 as it is, 2 mirrored
+# left to right, 3 turned by 180°, 4 mirrored top to bottom, 5 transposed, 6 to be turned by 90° clockwise, 7
+# transposed along the other diagonal, 8 to be turned by 90° counter-clockwise. A line of text read at the wrong one
+# is no text. Write all eight.
 #
 # <details><summary>Hint</summary>
 #
-# With mirroring (`x[:, ::-1]`) and transposing (`x.swapaxes(0, 1)`) you can write all of them, or use `np.rot90`, which turns counter-clockwise. 7 is a transposition followed by 180°.
+# With mirroring (`x[:, ::-1]`) and transposing (`x.swapaxes(0, 1)`) you can write all of them, or use `np.rot90`,
+# which turns counter-clockwise. 7 is a transposition followed by 180°.
 #
 # </details>
 
@@ -838,6 +903,14 @@ check({
 })  # fmt: skip
 
 # %% [markdown]
+# ## References
+#
+# - Zhang et al., *Diffusion-based Blind Text Image Super-Resolution*, CVPR 2024 (arXiv 2312.08886): the method, and
+#   its released code.
+# - Cui et al., *PaddleOCR 3.0 Technical Report*, 2025 (arXiv 2507.05595): the family of readers behind
+#   `reader="ppocr"`.
+#
 # ## Where to go next
 #
-# Lesson 12b takes lines of any length, whole pages and PDF files; 12c watches both diffusions; 12d is the command. Lesson 13 trains what was used here. Lesson 14 measures how good it is, on lines that the training has never seen.
+# Lesson 12b takes lines of any length, whole pages and PDF files; 12c watches both diffusions; 12d is the command.
+# Lesson 13 trains what was used here. Lesson 14 measures how good it is, on lines that the training has never seen.

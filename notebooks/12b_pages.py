@@ -9,11 +9,14 @@
 # %% [markdown]
 # # 12b · Long lines and whole pages
 #
-# **What you will build.** `restore_lines`, which takes lines of any length, and `restore_page`, which finds the lines of a photograph, restores each and puts it back in its place.
+# **What you will build.** `restore_lines`, which takes lines of any length, and `restore_page`, which finds the lines
+# of a photograph, restores each and puts it back in its place.
 #
-# **What you will understand.** Where a line may be cut; why pieces must overlap to join without a seam; how a slanted line is made straight and made slanted again.
+# **What you will understand.** Where a line may be cut; why pieces must overlap to join without a seam; how a slanted
+# line is made straight and made slanted again.
 #
-# **What you need.** Lesson 12, and for pages the packages of `pip install "difftsr[pages]"`. 1 minute and 1.5 GB of memory on two CPU cores.
+# **What you need.** Lesson 12, and for pages the packages of `pip install "difftsr[pages]"`. 1 minute and 1.5 GB of
+# memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/12b_pages.ipynb)
@@ -107,7 +110,8 @@ set_matplotlib_formats("jpeg", pil_kwargs={"quality": 45})
 # %% [markdown]
 # ## 1. Where to cut
 #
-# The canvas holds 24 characters, and lines up to eight times as wide as high. A banner has sixty. Here is one, made small, blurred and noisy.
+# The canvas holds 24 characters, and lines up to eight times as wide as high. A banner has sixty. Here is one, made
+# small, blurred and noisy.
 
 # %%
 banner = "春风吹过江南的小桥流水人家，老街上的茶馆里坐满了听书的客人。Tea from 8:30 to 22:00, walk in!"
@@ -134,7 +138,10 @@ line = worn(rendered(banner, 56))
 print(f"{count} characters, {width} x {height} pixels: {width / height:.0f} times as wide as high")
 
 # %% [markdown]
-# Between two characters there is paper, so a column of pixels has one colour there; a column through a character has two. The standard deviation of a column tells them apart, whatever the colours are. We want pieces of about equal width, so we look for the emptiest place near each equal division, and near is better: the ink of a column counts, and a little also its distance.
+# Between two characters there is paper, so a column of pixels has one colour there; a column through a character has
+# two. The standard deviation of a column tells them apart, whatever the colours are. We want pieces of about equal
+# width, so we look for the emptiest place near each equal division, and near is better: the ink of a column counts,
+# and a little also its distance.
 
 # %%
 #| export
@@ -188,7 +195,8 @@ assert not through
 
 
 # %% [markdown]
-# How many parts? As many as the width asks for; and one more wherever our recogniser fills all 24 places of a piece, since then it may have had more to say.
+# How many parts? As many as the width asks for; and one more wherever our recogniser fills all 24 places of a piece,
+# since then it may have had more to say.
 
 # %%
 #| export
@@ -220,7 +228,8 @@ def cut_line(model: DiffTSR, line: np.ndarray, characters: int = 0) -> list[tupl
 # %% [markdown]
 # ## 2. Joining
 #
-# Each piece reaches a little over its cuts, into the gap. There both neighbours are known, and the weight goes over from one to the other: $w\,a + (1-w)\,b$ with $w$ falling from 1 to 0. Nothing jumps, so nothing shows.
+# Each piece reaches a little over its cuts, into the gap. There both neighbours are known, and the weight goes over
+# from one to the other: $w\,a + (1-w)\,b$ with $w$ falling from 1 to 0. Nothing jumps, so nothing shows.
 
 # %%
 #| export
@@ -269,7 +278,8 @@ def join_texts(texts: Sequence[str], between: Sequence[str]) -> str:
 
 
 # %% [markdown]
-# A `Restoration` of pieces looks like one of a line: texts and confidences in a row, and one verdict of the gate for all. A known text is shared out among the pieces by how many characters were read in each.
+# A `Restoration` of pieces looks like one of a line: texts and confidences in a row, and one verdict of the gate for
+# all. A known text is shared out among the pieces by how many characters were read in each.
 
 # %%
 #| export
@@ -388,13 +398,17 @@ assert result.image.height == 128 and len(result.confidence) == len(result.text)
 # %% [markdown]
 # ## 3. A page
 #
-# Somebody else's network finds lines well: the detector of PP-OCR, which the package `rapidocr` brings with it. It answers with four corners for each line, since lines on photographs are slanted. A *homography* $H$ maps four corners onto a rectangle,
+# Somebody else's network finds lines well: the detector of PP-OCR, which the package `rapidocr` brings with it. It
+# answers with four corners for each line, since lines on photographs are slanted. A *homography* $H$ maps four
+# corners onto a rectangle,
 #
 # $$\lambda \begin{pmatrix} x' \\ y' \\ 1 \end{pmatrix} = H \begin{pmatrix} x \\ y \\ 1 \end{pmatrix},$$
 #
-# and its inverse brings the restored rectangle back into the slant. Around it a mask falls to zero, so that the paste has no edge.
+# and its inverse brings the restored rectangle back into the slant. Around it a mask falls to zero, so that the paste
+# has no edge.
 #
-# What is left alone: upright text, and lines that are higher than our canvas. They hold more than the networks could give back.
+# What is left alone: upright text, and lines that are higher than our canvas. They hold more than the networks could
+# give back.
 
 # %%
 #| export
@@ -549,7 +563,8 @@ if found is not None:
 # %% [markdown]
 # ## 4. PDF files
 #
-# A scanned document is most often a PDF file: pictures of pages in a wrapper. `pypdfium2` unwraps them, at a resolution that we choose.
+# A scanned document is most often a PDF file: pictures of pages in a wrapper. `pypdfium2` unwraps them, at a
+# resolution that we choose.
 
 # %%
 #| export
@@ -594,19 +609,36 @@ except ImportError as error:
 # %% [markdown]
 # ## Summary
 #
-# - A line is cut where a column of pixels has one colour, near equal parts; the pieces overlap in the gap and are blended.
+# - A line is cut where a column of pixels has one colour, near equal parts; the pieces overlap in the gap and are
+#   blended.
 # - A page is a detector, a homography to and fro, and a mask with soft edges. What needs no restoring is left alone.
 #
-# To try and to think about:
+# ## Check yourself
 #
-# 1. Set `LAP` to 0 and look at the joins. Then set it to 0.5: what does the recogniser make of half a character?
-# 2. One cut went through a character, though through no ink. Which one, and why? What would tell the two kinds of gaps apart?
-# 3. A caption stands in white on a dark photograph. Does `ink` find its gaps? Why?
+# 1. Set `LAP` to 0 in your head and look at the joins. Then set it to 0.5: what does the recogniser make of half a
+#    character?
+# 2. One cut went through a character, though through no ink. Which kind of character does that?
+# 3. A caption stands in white on a dark photograph. Does `ink` find its gaps?
+# 4. Why is a restored line pasted back with soft edges?
+#
+# <details><summary>Answers</summary>
+#
+# 1. Without an overlap each seam is a step where two restorations differ in brightness. With half a character on
+#    either side the piece begins with a shape that is no character, and the reader names one all the same.
+# 2. One of two parts side by side, such as 川 or 小, with a gap of one colour inside it. The width of the gap
+#    compared with the pitch of the line would tell the two kinds apart.
+# 3. Where the photograph is smooth: `ink` asks whether a column has one colour, not whether it is light. Where the
+#    photograph has edges of its own, no column is empty, and the cut falls near the middle.
+# 4. Its light was taken from the input, but its noise and sharpness end at the box. A sharp border shows as a
+#    frame, a feathered one does not.
+#
+# </details>
 
 # %% [markdown]
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/12b_pages.ipynb](../exercises/12b_pages.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+# The same tasks without solutions: [exercises/12b_pages.ipynb](../exercises/12b_pages.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
 import numpy as np
@@ -617,7 +649,8 @@ from difftsr.exercises import check, near
 # %% [markdown]
 # ### 1 · Two pieces, one picture · ●○○ easy
 #
-# Blend two pictures of equal size into one: the left one alone at the first column, the right one alone at the last, and a straight change between. Predict first: what does the middle column of black and white become?
+# Blend two pictures of equal size into one: the left one alone at the first column, the right one alone at the last,
+# and a straight change between. Predict first: what does the middle column of black and white become?
 #
 # <details><summary>Hint</summary>
 #
@@ -648,7 +681,8 @@ check({
 # %% [markdown]
 # ### 2 · The emptiest place near by · ●●○ medium
 #
-# Cut a line in two: `ink` says how much is written in each column. Among the columns within `reach` of the middle, choose the one with the least ink, and among equals the one nearest to the middle.
+# Cut a line in two: `ink` says how much is written in each column. Among the columns within `reach` of the middle,
+# choose the one with the least ink, and among equals the one nearest to the middle.
 #
 # <details><summary>Hint</summary>
 #
@@ -681,11 +715,13 @@ check({
 # %% [markdown]
 # ### 3 · Four corners and a matrix · ●●● hard
 #
-# Find the homography $H$, with $H_{33} = 1$, that maps four points onto four others. Each pair gives two linear equations in the eight unknown numbers; solve them.
+# Find the homography $H$, with $H_{33} = 1$, that maps four points onto four others. Each pair gives two linear
+# equations in the eight unknown numbers; solve them.
 #
 # <details><summary>Hint</summary>
 #
-# From $x' (h_{31} x + h_{32} y + 1) = h_{11} x + h_{12} y + h_{13}$: a row (x, y, 1, 0, 0, 0, −x x', −y x') with x' on the right, and the like for y'. Then `np.linalg.solve`.
+# From $x' (h_{31} x + h_{32} y + 1) = h_{11} x + h_{12} y + h_{13}$: a row (x, y, 1, 0, 0, 0, −x x', −y x') with x'
+# on the right, and the like for y'. Then `np.linalg.solve`.
 #
 # </details>
 
@@ -721,6 +757,13 @@ check({
 })  # fmt: skip
 
 # %% [markdown]
+# ## References
+#
+# - Liao et al., *Real-time Scene Text Detection with Differentiable Binarization*, AAAI 2020 (arXiv 1911.08947):
+#   the kind of detector that finds the lines.
+# - Hartley and Zisserman, *Multiple View Geometry in Computer Vision*, 2nd edition, Cambridge 2004: the homography
+#   from four corners.
+#
 # ## Where to go next
 #
 # Lesson 12d makes a command of all this: `python -m difftsr.restore photo.jpg --page --output restored`.

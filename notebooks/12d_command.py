@@ -9,9 +9,11 @@
 # %% [markdown]
 # # 12d · The command
 #
-# **What you will build.** `python -m difftsr.restore`, for short `difftsr-restore`: what somebody with a folder of bad scans would choose.
+# **What you will build.** `python -m difftsr.restore`, for short `difftsr-restore`: what somebody with a folder of
+# bad scans would choose.
 #
-# **What you will understand.** How a program treats other people's files; what makes a batch safe to interrupt; why a command has two kinds of readers, people and machines.
+# **What you will understand.** How a program treats other people's files; what makes a batch safe to interrupt; why a
+# command has two kinds of readers, people and machines.
 #
 # **What you need.** Lesson 12. 0.5 minutes and 1 GB of memory on two CPU cores.
 
@@ -102,13 +104,17 @@ from difftsr.text_lines import data_folder
 #
 # A command works on files that its author never sees, while nobody watches. Five rules:
 #
-# 1. A bad image costs **one line** on stderr, which names it, and not the other images; the exit status at the end is 2.
-# 2. What is wrong for *all* images (the weights, the number of steps, the folder) is said **once, before** the work begins.
+# 1. A bad image costs **one line** on stderr, which names it, and not the other images; the exit status at the end is
+#    2.
+# 2. What is wrong for *all* images (the weights, the number of steps, the folder) is said **once, before** the work
+#    begins.
 # 3. A result appears **whole or not at all**: it is written under a temporary name and moved.
 # 4. **Nothing is overwritten** unless `--overwrite` says so, and the inputs never are.
 # 5. An interrupted batch **goes on** where it stopped: what is finished is recognised and skipped.
 #
-# Rule 5 needs a definition of *finished*: the result is there, and it was made from the same bytes, with the same settings, by the same weights. So each report holds the fingerprint of the three. A name and a date would not do: somebody scans the page again under the old name, and the folder shows last week's result.
+# Rule 5 needs a definition of *finished*: the result is there, and it was made from the same bytes, with the same
+# settings, by the same weights. So each report holds the fingerprint of the three. A name and a date would not do:
+# somebody scans the page again under the old name, and the folder shows last week's result.
 #
 # `tyro` makes the options from a dataclass, and their help from the comments beside the fields.
 
@@ -185,7 +191,9 @@ class RestoreConfig:
 # %% [markdown]
 # ## 2. Which images?
 #
-# People give single files, folders, patterns (a shell expands them, but Windows has shells that do not), or pipe a picture in. Everything becomes one list of *sources*; what cannot be found stays in the list, so that it gets its line in its turn.
+# People give single files, folders, patterns (a shell expands them, but Windows has shells that do not), or pipe a
+# picture in. Everything becomes one list of *sources*; what cannot be found stays in the list, so that it gets its
+# line in its turn.
 
 # %%
 #| export
@@ -262,7 +270,9 @@ print([Path(source.name).name for source in found])
 # %% [markdown]
 # ## 3. One image
 #
-# The result goes back into the world in the format in which it came, with its colour profile. The report is written first, then what was asked for beside it (the other candidates, a heatmap, a film), and the picture last: a picture that lies there is a finished one.
+# The result goes back into the world in the format in which it came, with its colour profile. The report is written
+# first, then what was asked for beside it (the other candidates, a heatmap, a film), and the picture last: a picture
+# that lies there is a finished one.
 
 # %%
 #| export
@@ -468,7 +478,9 @@ def do(model: DiffTSR, job: Job, config: RestoreConfig) -> dict:
 # %% [markdown]
 # ## 4. All of them
 #
-# The loop is short, because each rule has its place above. It yields what happened, and leaves it to its two readers how to say it: people get a progress bar, a line for each error and a last line that counts; machines get one JSON object a line (`--json`).
+# The loop is short, because each rule has its place above. It yields what happened, and leaves it to its two readers
+# how to say it: people get a progress bar, a line for each error and a last line that counts; machines get one JSON
+# object a line (`--json`).
 
 # %%
 #| export
@@ -589,7 +601,9 @@ assert report["size"][1] == 128
 # %% [markdown]
 # ## 5. Memory
 #
-# What does a file cost that is as large as we allow? `tests/bench.py memory` starts the command afresh for each input and asks the operating system for the peak. Most of it is torch and the five networks; the largest line, 67 million pixels with transparency, comes on top once.
+# What does a file cost that is as large as we allow? `tests/bench.py memory` starts the command afresh for each input
+# and asks the operating system for the peak. Most of it is torch and the five networks; the largest line, 67 million
+# pixels with transparency, comes on top once.
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -611,15 +625,32 @@ for name, megabytes in costs.items():
 # - Whole or not at all, nothing overwritten, and a fingerprint of bytes, settings and weights says what is finished.
 # - A record a picture, and two ways to print it.
 #
-# To try and to think about:
+# ## Check yourself
 #
-# 1. Stop a batch of 50 lines with Ctrl-C, give the command again, and find out from `--json` which were skipped.
-# 2. Why is the report written before the picture? Find the order of events in which the other way round loses something.
+# 1. You stop a batch of 50 lines with Ctrl-C and give the command again. What decides which lines are skipped?
+# 2. Why is the report written before the picture? Find the order of events in which the other way round loses
+#    something.
+# 3. Why does the exit status say 2 when 49 of 50 lines were restored?
+# 4. A name in any script, a full disk, a folder without permission: what do the three have in common?
+#
+# <details><summary>Answers</summary>
+#
+# 1. A fingerprint of the input's bytes, of the settings and of the weights, kept in the record beside each picture.
+#    Change any of them and the line is restored anew; `--json` lists which were skipped.
+# 2. A picture that is there counts as finished. Were it written first, a power cut between the two would leave a
+#    finished picture without its report for ever; this way the line is simply done again.
+# 3. A program that calls the command cannot read sentences. Zero would claim that all is well; the 49 are there,
+#    the one is named, and whoever calls may decide.
+# 4. None is the line's fault, each comes at the worst moment, and each must end as one sentence that names the
+#    file, with everything else restored and nothing half written.
+#
+# </details>
 
 # %% [markdown]
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/12d_command.ipynb](../exercises/12d_command.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+# The same tasks without solutions: [exercises/12d_command.ipynb](../exercises/12d_command.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
 import os
@@ -632,7 +663,8 @@ from difftsr.exercises import check
 # %% [markdown]
 # ### 1 · One line that names the file · ●○○ easy
 #
-# Write what a person reads when a file could not be restored: `name: reason` on one line. The reason of an exception may have several lines, or none at all; then its type has to do.
+# Write what a person reads when a file could not be restored: `name: reason` on one line. The reason of an exception
+# may have several lines, or none at all; then its type has to do.
 #
 # <details><summary>Hint</summary>
 #
@@ -662,11 +694,14 @@ check({
 # %% [markdown]
 # ### 2 · Whole or not at all · ●●○ medium
 #
-# Write text to a file so that whoever looks at `path`, at any moment, sees the old content or the new one, never a part; and so that nothing of a failed attempt stays behind. The text comes in pieces from an iterator that may raise.
+# Write text to a file so that whoever looks at `path`, at any moment, sees the old content or the new one, never a
+# part; and so that nothing of a failed attempt stays behind. The text comes in pieces from an iterator that may
+# raise.
 #
 # <details><summary>Hint</summary>
 #
-# Write the pieces to a neighbour such as `path.with_name(path.name + ".tmp")`, then `os.replace`. In `except BaseException`, `unlink` the neighbour and `raise`.
+# Write the pieces to a neighbour such as `path.with_name(path.name + ".tmp")`, then `os.replace`. In `except
+# BaseException`, `unlink` the neighbour and `raise`.
 #
 # </details>
 
@@ -717,7 +752,9 @@ check({
 # %% [markdown]
 # ### 3 · Finished, and not merely there · ●●● hard
 #
-# An interrupted batch goes on: which inputs still have to be done? `done` maps names to fingerprints as the reports hold them; `inputs` maps names to bytes; `settings` is a dictionary. A fingerprint shall depend on the bytes, on the settings whatever their order, and on nothing else, and (["ab", "c"], ["a", "bc"]) must not be confused.
+# An interrupted batch goes on: which inputs still have to be done? `done` maps names to fingerprints as the reports
+# hold them; `inputs` maps names to bytes; `settings` is a dictionary. A fingerprint shall depend on the bytes, on the
+# settings whatever their order, and on nothing else, and (["ab", "c"], ["a", "bc"]) must not be confused.
 #
 # <details><summary>Hint</summary>
 #
@@ -759,6 +796,11 @@ check({
 })  # fmt: skip
 
 # %% [markdown]
+# ## References
+#
+# - Pillai et al., *All File Systems Are Not Created Equal: On the Complexity of Crafting Crash-Consistent
+#   Applications*, OSDI 2014: why a file is written under another name and moved.
+#
 # ## Where to go next
 #
 # Lesson 13 trains what was used here.

@@ -9,10 +9,11 @@
 # %% [markdown]
 # # 14d · Does it read better? The report
 #
-# **What you will build.** Tables, plots, contact sheets and the page that holds them, and the comparison of two reports.
+# **What you will build.** Tables, plots, contact sheets and the page that holds them, and the comparison of two
+# reports.
 #
-# **What you will understand.** How a table, a plot and a picture answer different questions about the same run, and what
-# to look at first.
+# **What you will understand.** How a table, a plot and a picture answer different questions about the same run, and
+# what to look at first.
 #
 # **What it needs.** 0.5 minutes and 1 GB of memory on two CPU cores.
 
@@ -307,7 +308,8 @@ stored = json.loads((data_folder() / "benchmarks" / "evaluate.json").read_text(e
 Markdown(markdown(*bar_table(stored)))
 
 # %% [markdown]
-# Our restorations minus their inputs, line by line: where an interval leaves out zero, it was no accident of these lines.
+# Our restorations minus their inputs, line by line: where an interval leaves out zero, it was no accident of these
+# lines.
 
 # %%
 header, rows = gain_table(stored["gains"], list(stored["judges"]))
@@ -458,8 +460,8 @@ def failure_table(found: Sequence[dict]) -> tuple[list, list]:
 
 
 # %% [markdown]
-# Three severe lines of `data/eval/test`, with what PP-OCRv6 read before and after the second edition of the weights. The
-# third is read no worse than before, so it is no failure. (It read the sharp lines without a mistake.)
+# Three severe lines of `data/eval/test`, with what PP-OCRv6 read before and after the second edition of the weights.
+# The third is read no worse than before, so it is no failure. (It read the sharp lines without a mistake.)
 
 # %%
 readings = {
@@ -557,15 +559,30 @@ print(comparison_text(compare(toy_report(0.5), toy_report(0.75)), "old", "new"))
 # - A report says which bars were met, and shows its worst line first.
 # - Two reports are compared line by line.
 #
-# To try and to think about:
+# ## Check yourself
 #
 # 1. Which lines of the contact sheets would you have read better than the judge?
-# 2. Give two reports of one run to `compare` after you swapped two readings in one of them. Is it seen?
+# 2. Someone swaps two readings in one report and compares it with the original. Is it seen?
+# 3. Why is the interval of a difference narrower than either interval of the two means?
+# 4. A bar is missed by .001. What does the report say, and why not "nearly met"?
+#
+# <details><summary>Answers</summary>
+#
+# 1. Look for characters that the judge cannot express, and for lines whose only fault is a space. A judge has a
+#    taste; three of them have less of one.
+# 2. Yes, twice: `compare` pairs the lines by name, so both lines appear among those that changed most, although the
+#    mean over all lines may not move at all.
+# 3. Most of what makes a mean uncertain is which lines were drawn, and both rows have the same ones. Line by line
+#    that part falls out.
+# 4. Missed. A bar that bends is none; the interval beside it says how much of the miss may be chance.
+#
+# </details>
 
 # %% [markdown]
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/14d_report.ipynb](../exercises/14d_report.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+# The same tasks without solutions: [exercises/14d_report.ipynb](../exercises/14d_report.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
 import unicodedata
@@ -576,11 +593,14 @@ from difftsr.exercises import check
 # %% [markdown]
 # ### 1 · As many places as it takes · ●○○ easy
 #
-# Write a mean whose interval reaches `reach` to both sides, with no more decimals than deserve to be read: none where `reach` is 10 or more, one from 1, two from .1, three below. Predict first: what is wrong with a table that says 23.4817 ± 2.1?
+# Write a mean whose interval reaches `reach` to both sides, with no more decimals than deserve to be read: none where
+# `reach` is 10 or more, one from 1, two from .1, three below. Predict first: what is wrong with a table that says
+# 23.4817 ± 2.1?
 #
 # <details><summary>Hint</summary>
 #
-# Count how many of the limits 10, 1 and .1 lie above `reach`; `f'{value:.{places}f}'` takes a variable number of places.
+# Count how many of the limits 10, 1 and .1 lie above `reach`; `f'{value:.{places}f}'` takes a variable number of
+# places.
 #
 # </details>
 
@@ -606,7 +626,9 @@ check({
 # %% [markdown]
 # ### 2 · Chinese is twice as wide · ●●○ medium
 #
-# In a terminal, a Chinese character takes two columns, a Latin one takes one. Fill a text with spaces on the right until it is `width` columns wide; a text that is wider stays as it is. `len` and `ljust` count characters, and the table goes out of line.
+# In a terminal, a Chinese character takes two columns, a Latin one takes one. Fill a text with spaces on the right
+# until it is `width` columns wide; a text that is wider stays as it is. `len` and `ljust` count characters, and the
+# table goes out of line.
 #
 # <details><summary>Hint</summary>
 #
@@ -637,7 +659,10 @@ check({
 # %% [markdown]
 # ### 3 · The worst first · ●●● hard
 #
-# A report shows its failures: the lines that *lost* most, not those that were bad before. From records (name, before, after) return the names of at most `most` lines whose score fell, the largest loss first, equal losses by name; and from each text (the part of the name before the slash) one line alone, the worst, or four strengths of one text fill the page.
+# A report shows its failures: the lines that *lost* most, not those that were bad before. From records (name, before,
+# after) return the names of at most `most` lines whose score fell, the largest loss first, equal losses by name; and
+# from each text (the part of the name before the slash) one line alone, the worst, or four strengths of one text fill
+# the page.
 #
 # <details><summary>Hint</summary>
 #
@@ -675,6 +700,12 @@ check({
 })  # fmt: skip
 
 # %% [markdown]
+# ## References
+#
+# - Efron and Tibshirani, *An Introduction to the Bootstrap*, Chapman & Hall 1993: the intervals.
+# - Zhang et al., *The Unreasonable Effectiveness of Deep Features as a Perceptual Metric*, CVPR 2018 (arXiv
+#   1801.03924): LPIPS.
+#
 # ## Where to go next
 #
 # Lesson 14e asks which switch of the restoration earns its keep.

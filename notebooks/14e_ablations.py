@@ -11,8 +11,8 @@
 #
 # **What you will build.** One table and one plot with a row for every switch of a restoration.
 #
-# **What you will understand.** Which switch of the committed weights earns its keep, why rows are compared line by line,
-# and how the true text tells how much a better reader could bring.
+# **What you will understand.** Which switch of the committed weights earns its keep, why rows are compared line by
+# line, and how the true text tells how much a better reader could bring.
 #
 # **What it needs.** 0.5 minutes and 1 GB of memory on two CPU cores.
 
@@ -141,8 +141,8 @@ print(table(["row", "restorer"], [list(row) for row in ablations().items()]))
 
 
 # %% [markdown]
-# The means of two rows have wide intervals, because lines differ far more than rows do. So each row is compared with the
-# first one *line by line* (lesson 14c), and what is averaged is the difference.
+# The means of two rows have wide intervals, because lines differ far more than rows do. So each row is compared with
+# the first one *line by line* (lesson 14c), and what is averaged is the difference.
 
 # %%
 #| export
@@ -162,8 +162,8 @@ def effects(records: Sequence[dict], labels: dict[str, str], names: Sequence[str
 
 
 # %% [markdown]
-# By hand: two lines, of which the first is easy and the second hard. The row "4 steps" reads each by .1 better. The means
-# of the two rows lie well inside each other's interval; the difference has no doubt about it.
+# By hand: two lines, of which the first is easy and the second hard. The row "4 steps" reads each by .1 better. The
+# means of the two rows lie well inside each other's interval; the difference has no doubt about it.
 
 # %%
 toy = [
@@ -210,8 +210,8 @@ def plot_ablation(report: dict, path: Path) -> None:
 # %% [markdown]
 # ## What the committed weights answer
 #
-# `python -m difftsr.evaluate --ablate` restores the lines of `data/eval/dev` once for every row (`--texts N` takes N of its
-# texts, each at all four strengths); `python tests/bench_evaluate.py out/dev-ablation` keeps the result in
+# `python -m difftsr.evaluate --ablate` restores the lines of `data/eval/dev` once for every row (`--texts N` takes N
+# of its texts, each at all four strengths); `python tests/bench_evaluate.py out/dev-ablation` keeps the result in
 # `data/benchmarks/ablation.json`. It is `dev` and not `test`, because whoever looks at this table will choose by it.
 # Fewer lines make wider intervals, so the number of lines stands above the table; rows that the stored run left out
 # are missing in it.
@@ -230,9 +230,9 @@ with TemporaryDirectory() as folder:
 Image(picture)
 
 # %% [markdown]
-# Grey intervals hold zero: on these lines the switch makes no difference that could be told from chance. Green is better
-# than the first row, red is worse. The seconds of the stored run come from a machine that was busy with much else: they
-# say which rows are slow, and no more.
+# Grey intervals hold zero: on these lines the switch makes no difference that could be told from chance. Green is
+# better than the first row, red is worse. The seconds of the stored run come from a machine that was busy with much
+# else: they say which rows are slow, and no more.
 #
 # ## Summary
 #
@@ -240,15 +240,30 @@ Image(picture)
 # - Rows are compared line by line with the first one; most of what separates two means is the lines, not the rows.
 # - The oracle bounds what a better reader could bring: what the true text does not give, no reading will.
 #
-# To try and to think about:
+# ## Check yourself
 #
 # 1. Run `--ablate --quick`. Which rows differ from "as it comes" by more than their intervals?
 # 2. Twenty-odd rows, each with a 95 % interval: how many do you expect to leave out zero if no switch did anything?
+# 3. What does the row with the true text bound, and what does it not?
+# 4. Why are ablations run on `dev` and not on `test`?
+#
+# <details><summary>Answers</summary>
+#
+# 1. With ten texts, few but the oracle and the gate. A switch whose interval holds zero may do something; these
+#    lines cannot tell.
+# 2. One in twenty, so about one. The most surprising row of a long table is the one that most needs a second set of
+#    lines.
+# 3. What better reading could bring with these image networks. Better image networks are not bounded by it.
+# 4. They are made in order to choose. What was chosen by its score on a set has a score on that set which flatters
+#    it.
+#
+# </details>
 
 # %% [markdown]
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/14e_ablations.ipynb](../exercises/14e_ablations.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+# The same tasks without solutions: [exercises/14e_ablations.ipynb](../exercises/14e_ablations.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
 import math
@@ -261,7 +276,9 @@ from difftsr.exercises import check, near
 # %% [markdown]
 # ### 1 · One switch at a time · ●○○ easy
 #
-# From a dictionary of settings as they come and a list of changes (name, value), make the rows of an ablation: first everything as it comes, then one row for each change, which differs in that one setting alone. An unknown name is a mistake of the author: raise a `ValueError`.
+# From a dictionary of settings as they come and a list of changes (name, value), make the rows of an ablation: first
+# everything as it comes, then one row for each change, which differs in that one setting alone. An unknown name is a
+# mistake of the author: raise a `ValueError`.
 #
 # <details><summary>Hint</summary>
 #
@@ -306,7 +323,9 @@ check({
 # %% [markdown]
 # ### 2 · How many by luck? · ●●○ medium
 #
-# With a 95 % interval, a switch that does nothing looks as if it did in 5 of 100 tries. For `switches` that all do nothing, return the expected number of false finds and the chance of at least one. Predict both for 24 switches, then compute.
+# With a 95 % interval, a switch that does nothing looks as if it did in 5 of 100 tries. For `switches` that all do
+# nothing, return the expected number of false finds and the chance of at least one. Predict both for 24 switches,
+# then compute.
 #
 # <details><summary>Hint</summary>
 #
@@ -335,7 +354,9 @@ check({
 # %% [markdown]
 # ### 3 · A table that holds what it says · ●●● hard
 #
-# Holm's method keeps the chance of *any* false find below `level`: sort the p-values; the smallest must be at most level / n, the next at most level / (n − 1), and so on; the first that is too large stops it, for itself and all larger ones. Return which switches remain.
+# Holm's method keeps the chance of *any* false find below `level`: sort the p-values; the smallest must be at most
+# level / n, the next at most level / (n − 1), and so on; the first that is too large stops it, for itself and all
+# larger ones. Return which switches remain.
 #
 # <details><summary>Hint</summary>
 #
@@ -374,6 +395,13 @@ check({
 })  # fmt: skip
 
 # %% [markdown]
+# ## References
+#
+# - Zhang et al., *Diffusion-based Blind Text Image Super-Resolution*, CVPR 2024 (arXiv 2312.08886): its ablation of
+#   the text, of the TDM and of MoM is the one repeated here in small.
+# - Benjamini and Hochberg, *Controlling the False Discovery Rate*, Journal of the Royal Statistical Society B,
+#   1995: what to do about long tables.
+#
 # ## Where to go next
 #
 # Lesson 14f runs all of it with one command.

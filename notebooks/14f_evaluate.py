@@ -9,11 +9,11 @@
 # %% [markdown]
 # # 14f · Does it read better? One command
 #
-# **What you will build.** The command that measures restorers on a set of lines and writes a report that can be believed,
-# compares two reports, runs every ablation, and shows the demo.
+# **What you will build.** The command that measures restorers on a set of lines and writes a report that can be
+# believed, compares two reports, runs every ablation, and shows the demo.
 #
-# **What you will understand.** How a run is put together so that it can be killed and taken up, what a fair demo shows,
-# and how good the committed weights are.
+# **What you will understand.** How a run is put together so that it can be killed and taken up, what a fair demo
+# shows, and how good the committed weights are.
 #
 # **What it needs.** 0.5 minutes and 1 GB of memory on two CPU cores.
 
@@ -344,8 +344,8 @@ def run_comparison(config: EvaluateConfig) -> None:
 
 
 # %% [markdown]
-# Three texts of the samples, and what would run on them. A row or a judge whose package is missing is left out, and said,
-# unless you asked for it by name.
+# Three texts of the samples, and what would run on them. A row or a judge whose package is missing is left out, and
+# said, unless you asked for it by name.
 
 # %%
 config = EvaluateConfig(set=str(data_folder() / "samples"), texts=3, baselines=("difftsr:do_no_harm=False",))
@@ -491,8 +491,8 @@ if __name__ == "__main__" and "__file__" in globals():
 #
 # `python -m difftsr.evaluate` measures them on `data/eval/test`, whose lines decided nothing: choices are made on
 # `data/eval/dev`. `python tests/bench_evaluate.py out/test` keeps a report, without its lines, in
-# `data/benchmarks/evaluate.json`; every row was measured on the same lines, in the same run. Which set and how many lines
-# it was stands above the table. Bars and plots of the same report are in lesson 14d.
+# `data/benchmarks/evaluate.json`; every row was measured on the same lines, in the same run. Which set and how many
+# lines it was stands above the table. Bars and plots of the same report are in lesson 14d.
 
 # %%
 stored = json.loads((data_folder() / "benchmarks" / "evaluate.json").read_text(encoding="utf-8"))
@@ -522,15 +522,30 @@ Markdown(markdown(*main_table(stored)))
 # - Every figure has an interval, and two results are compared by their differences on the same lines.
 # - Choices are made on `dev`, figures to report come from `test`.
 #
-# To try and to think about:
+# ## Check yourself
 #
 # 1. Add a restorer of your own to the table and give it to `--baselines`. Does it beat doing nothing?
 # 2. Compare two reports of different seeds. How large are the differences that mean nothing?
+# 3. Why does no judge see a line before every restorer has finished?
+# 4. The evaluation is stopped halfway and started again. Why are all scores and intervals the same to the last digit?
+#
+# <details><summary>Answers</summary>
+#
+# 1. At mild damage hardly anything does: the input is read without fault there. The first bar of a restorer is the
+#    row `input`.
+# 2. Those are the noise of the method. A change of yours that is not larger has shown nothing yet.
+# 3. Nothing that a judge says can reach a restorer then, not even by way of the memory it takes; and a restorer's
+#    seconds are measured with nobody else at work.
+# 4. What is finished lies in a cache under a name made of everything it depends on, and all random draws of the
+#    intervals are seeded.
+#
+# </details>
 
 # %% [markdown]
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/14f_evaluate.ipynb](../exercises/14f_evaluate.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+# The same tasks without solutions: [exercises/14f_evaluate.ipynb](../exercises/14f_evaluate.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
 import numpy as np
@@ -541,7 +556,9 @@ from difftsr.exercises import check, near
 # %% [markdown]
 # ### 1 · Right, wrong, and nothing read · ●○○ easy
 #
-# NED is 1 − d / n, with the edit distance d and the longer of the two lengths n. Given distances and lengths of some lines, return the mean over lines. A line without text that was read as nothing is right: 1. Predict first: can a NED be negative?
+# NED is 1 − d / n, with the edit distance d and the longer of the two lengths n. Given distances and lengths of some
+# lines, return the mean over lines. A line without text that was read as nothing is right: 1. Predict first: can a
+# NED be negative?
 #
 # <details><summary>Hint</summary>
 #
@@ -570,7 +587,8 @@ check({
 # %% [markdown]
 # ### 2 · Better for whom? · ●●○ medium
 #
-# A mean hides who pays for it. Compare two reports line by line: return the shares of lines that got better, worse, and stayed within `margin`. A restorer that helps nine lines a little and ruins the tenth has a fine mean.
+# A mean hides who pays for it. Compare two reports line by line: return the shares of lines that got better, worse,
+# and stayed within `margin`. A restorer that helps nine lines a little and ruins the tenth has a fine mean.
 #
 # <details><summary>Hint</summary>
 #
@@ -603,7 +621,9 @@ check({
 # %% [markdown]
 # ### 3 · A score in the middle of a lie · ●●● hard
 #
-# Simpson's paradox: a restorer can be better at every strength and worse in the mean, when the two were measured on other mixtures of lines. Make both comparable: the mean of the means of each stratum, weighted by `weights`, the same for everybody. A stratum that was never measured cannot be guessed: raise a `ValueError`.
+# Simpson's paradox: a restorer can be better at every strength and worse in the mean, when the two were measured on
+# other mixtures of lines. Make both comparable: the mean of the means of each stratum, weighted by `weights`, the
+# same for everybody. A stratum that was never measured cannot be guessed: raise a `ValueError`.
 #
 # <details><summary>Hint</summary>
 #
@@ -648,6 +668,12 @@ check({
 })  # fmt: skip
 
 # %% [markdown]
+# ## References
+#
+# - Wang et al., *Real-ESRGAN*, ICCVW 2021 (arXiv 2107.10833): the baselines.
+# - Dror et al., *The Hitchhiker's Guide to Testing Statistical Significance in Natural Language Processing*, ACL
+#   2018: paired differences, and what they do not show.
+#
 # ## Where to go next
 #
 # Lesson 13 shows how weights are made; come back here to see whether new ones are better, with `--compare`.

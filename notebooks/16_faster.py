@@ -9,9 +9,13 @@
 # %% [markdown]
 # # 16 · Faster
 #
-# **What you will build.** A count of what a restoration costs, part by part; the curve of quality against seconds for every number of steps and two solvers; a student that needs one step; 8-bit copies of the networks that are made of matrices; and the step network as an ONNX file that runs without torch.
+# **What you will build.** A count of what a restoration costs, part by part; the curve of quality against seconds for
+# every number of steps and two solvers; a student that needs one step; 8-bit copies of the networks that are made of
+# matrices; and the step network as an ONNX file that runs without torch.
 #
-# **What you will understand.** Why the number of network evaluations, not the solver, decides the time; what a solver of second order buys and when it buys nothing; why 8 bits help one network and not another; and how to tell a speed-up from a measuring error.
+# **What you will understand.** Why the number of network evaluations, not the solver, decides the time; what a solver
+# of second order buys and when it buys nothing; why 8 bits help one network and not another; and how to tell a
+# speed-up from a measuring error.
 #
 # **What you need.** Lessons 11, 11c and 12. 2 minutes and 2 GB of memory on two CPU cores.
 
@@ -112,7 +116,9 @@ lines = labelled(data_folder() / "samples")
 # %% [markdown]
 # ## 1. What is there to save?
 #
-# Before making anything faster, count. Every part of a restoration is made of products and sums, and how many there are does not depend on the machine, on its mood, or on what else it is doing. `FlopCounterMode` watches the calls of torch and adds them up (two operations for a multiplication and its addition).
+# Before making anything faster, count. Every part of a restoration is made of products and sums, and how many there
+# are does not depend on the machine, on its mood, or on what else it is doing. `FlopCounterMode` watches the calls of
+# torch and adds them up (two operations for a multiplication and its addition).
 
 # %%
 #| export
@@ -165,7 +171,8 @@ assert step > cost["encode"]
 #
 # $$ \underbrace{C_\text{read} + C_\text{encode} + C_\text{decode}}_{\text{once}} \;+\; S \cdot \big(C_\text{image} + C_\text{text}\big) , $$
 #
-# a straight line in $S$. Draw it, and what to do becomes plain: for large $S$ nothing but $S$ matters; for $S = 1$ the step is one part among others, and each of them is worth a look.
+# a straight line in $S$. Draw it, and what to do becomes plain: for large $S$ nothing but $S$ matters; for $S = 1$
+# the step is one part among others, and each of them is worth a look.
 
 # %%
 fig, ax = plt.subplots(figsize=(6, 3))
@@ -181,7 +188,8 @@ plt.show()
 
 
 # %% [markdown]
-# The published U-Net is far larger, and takes 200 steps. Let us count one of its steps, without its weights: the parameters live on torch's `meta` device, where tensors have shapes and no content, so the count costs no memory.
+# The published U-Net is far larger, and takes 200 steps. Let us count one of its steps, without its weights: the
+# parameters live on torch's `meta` device, where tensors have shapes and no content, so the count costs no memory.
 
 # %%
 def step_operations(name):
@@ -200,11 +208,15 @@ print(f"ours: one step is {published / cost['step, image']:.0f} times smaller; a
       f"{200 * published / (around + step):,.0f} times")
 
 # %% [markdown]
-# That factor is what a small model in few steps has over the published one *in arithmetic*; how much of it arrives in seconds depends on the machine (small layers are worse at keeping it busy), and is measured below. What it costs in quality is another question, and the more important one.
+# That factor is what a small model in few steps has over the published one *in arithmetic*; how much of it arrives in
+# seconds depends on the machine (small layers are worse at keeping it busy), and is measured below. What it costs in
+# quality is another question, and the more important one.
 #
 # ## 2. A better solver?
 #
-# Lesson 11 wrote two solvers. DDIM is of first order: halve the step, halve the error. DPM-Solver++(2M) remembers the last answer and extends the line through both: halve the step, quarter the error. Where there is a long smooth path to follow, that is a great saving. Here is how far both end from where 200 steps of DDIM end, on one line:
+# Lesson 11 wrote two solvers. DDIM is of first order: halve the step, halve the error. DPM-Solver++(2M) remembers the
+# last answer and extends the line through both: halve the step, quarter the error. Where there is a long smooth path
+# to follow, that is a great saving. Here is how far both end from where 200 steps of DDIM end, on one line:
 
 # %%
 canvas = line_to_canvas(lines[4].image, model.config.image_size)[None]
@@ -226,7 +238,10 @@ for solver, images in ends.items():
 assert distance(ends["ddim"][-1], goal) > distance(ends["ddim"][0], goal)
 
 # %% [markdown]
-# More steps come nearer to the 200-step result, as they must. But nearer to *that* is not better! The committed weights had their last lessons in one and two steps (11c): what they say in one step is what they were taught to say, and the path of 200 steps leads through times at which nobody has asked them for long. The measure that counts is the distance to the truth.
+# More steps come nearer to the 200-step result, as they must. But nearer to *that* is not better! The committed
+# weights had their last lessons in one and two steps (11c): what they say in one step is what they were taught to
+# say, and the path of 200 steps leads through times at which nobody has asked them for long. The measure that counts
+# is the distance to the truth.
 
 # %%
 truth = line_to_canvas(lines[4].target, model.config.image_size)[None]
@@ -246,7 +261,8 @@ plt.show()
 # %% [markdown]
 # ## 3. Quality against seconds
 #
-# One line proves nothing. `sweep` restores a set of lines with every number of steps and both solvers, asks a judge, and writes down seconds and scores. The gate stays off: it would hide a bad result behind the input.
+# One line proves nothing. `sweep` restores a set of lines with every number of steps and both solvers, asks a judge,
+# and writes down seconds and scores. The gate stays off: it would hide a bad result behind the input.
 
 # %%
 #| export
@@ -288,7 +304,8 @@ def sweep(
 
 
 # %% [markdown]
-# The result of the whole sweep is stored beside the other benchmarks (`python -m difftsr.faster --sweep` makes it anew):
+# The result of the whole sweep is stored beside the other benchmarks (`python -m difftsr.faster --sweep` makes it
+# anew):
 
 # %%
 found = json.loads((data_folder() / "benchmarks" / "faster.json").read_text())
@@ -312,10 +329,15 @@ axes[0].legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# Read the plot from right to left. For a model that was trained at all times alike, quality falls as the steps become few. For this one, which went through lesson 11c, one step is where it is at home: 200 steps are worse by LPIPS and PSNR, and take ninety times as long. (NED moves with single characters of so few lines.)
+# Read the plot from right to left. For a model that was trained at all times alike, quality falls as the steps become
+# few. For this one, which went through lesson 11c, one step is where it is at home: 200 steps are worse by LPIPS and
+# PSNR, and take ninety times as long. (NED moves with single characters of so few lines.)
 
 # %% [markdown]
-# What that means for one line, after 1, 2, 5 and 10 steps of DDIM, from the mean of the noise (`temperature=0`, as it comes) and from noise (`temperature=1`). From the mean, more steps add nothing. From noise they do harm: the last stages of training met the first time alone and no noise, and nobody has asked these weights since what to do with a half-noised latent.
+# What that means for one line, after 1, 2, 5 and 10 steps of DDIM, from the mean of the noise (`temperature=0`, as it
+# comes) and from noise (`temperature=1`). From the mean, more steps add nothing. From noise they do harm: the last
+# stages of training met the first time alone and no noise, and nobody has asked these weights since what to do with a
+# half-noised latent.
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -358,7 +380,10 @@ live(
 # %% [markdown]
 # ## 4. A student for any teacher
 #
-# What made it so is a stage of training, and a command does it to any weights: it trains the few-step stage on top of them (lesson 11c), measures teacher and student on the same lines, and writes a card that says what was won *and what was lost*. The student is not shown its teacher's results, as in most papers on distillation, but the sharp lines themselves: for restoration there is a right answer, and it is better than the teacher's.
+# What made it so is a stage of training, and a command does it to any weights: it trains the few-step stage on top of
+# them (lesson 11c), measures teacher and student on the same lines, and writes a card that says what was won *and
+# what was lost*. The student is not shown its teacher's results, as in most papers on distillation, but the sharp
+# lines themselves: for restoration there is a right answer, and it is better than the teacher's.
 #
 # ```bash
 # python -m difftsr.faster --distill --weights my_weights/ --data pool:my_pool --minutes 60 --output runs/student
@@ -411,7 +436,9 @@ print(student_card({
 # %% [markdown]
 # ## 5. Eight bits
 #
-# A weight of 32 bits can be rounded to one of 255 values: $w \approx s\,q$ with $q \in \{-127, \dots, 127\}$ and one scale $s = \max|w| / 127$ for each row of a matrix. *Dynamic* quantisation rounds the inputs of a layer too, each batch with its own scale, and multiplies whole numbers. By hand, for one layer:
+# A weight of 32 bits can be rounded to one of 255 values: $w \approx s\,q$ with $q \in \{-127, \dots, 127\}$ and one
+# scale $s = \max|w| / 127$ for each row of a matrix. *Dynamic* quantisation rounds the inputs of a layer too, each
+# batch with its own scale, and multiplies whole numbers. By hand, for one layer:
 
 # %%
 torch.manual_seed(0)
@@ -481,11 +508,15 @@ for name, row in found["parts"].items():
 
 
 # %% [markdown]
-# Those are seconds of the benchmark's machine (`python -m difftsr.faster --bench`). Rounding inputs costs time too, and a reader that writes one character after the other multiplies *small* matrices: there 8 bits gain little or nothing. They are worth it where a large matrix is multiplied by few rows and the memory is what waits. It is a good habit to measure before believing.
+# Those are seconds of the benchmark's machine (`python -m difftsr.faster --bench`). Rounding inputs costs time too,
+# and a reader that writes one character after the other multiplies *small* matrices: there 8 bits gain little or
+# nothing. They are worth it where a large matrix is multiplied by few rows and the memory is what waits. It is a good
+# habit to measure before believing.
 #
 # ## 6. Many at once
 #
-# A batch shares what a single line wastes: layers that are too small to keep the cores busy. `restore_batch` does several lines in one batch, and several processes share a folder:
+# A batch shares what a single line wastes: layers that are too small to keep the cores busy. `restore_batch` does
+# several lines in one batch, and several processes share a folder:
 #
 # ```bash
 # accelerate launch --num_processes 4 -m difftsr.restore scans/ --output restored/
@@ -493,9 +524,12 @@ for name, row in found["parts"].items():
 #
 # ## 7. Without torch
 #
-# A phone or a web server may not want two gigabytes of torch. ONNX is a file format for computation graphs, and onnxruntime runs it anywhere. Three graphs are enough for the image side: the encoder, one step, the decoder. The loop around them is a few lines of numpy.
+# A phone or a web server may not want two gigabytes of torch. ONNX is a file format for computation graphs, and
+# onnxruntime runs it anywhere. Three graphs are enough for the image side: the encoder, one step, the decoder. The
+# loop around them is a few lines of numpy.
 #
-# A `Reading` is a Python object; a graph knows tensors only. So the step network takes the reading apart: tokens, probabilities and centres.
+# A `Reading` is a Python object; a graph knows tensors only. So the step network takes the reading apart: tokens,
+# probabilities and centres.
 
 # %%
 #| export
@@ -572,7 +606,8 @@ def export_onnx(model: DiffTSR, folder: Path) -> None:
 
 
 # %% [markdown]
-# The tiny preset stands in for the classroom model here, because writing the graphs takes a while. Its weights are random: equal outputs are what we want to see.
+# The tiny preset stands in for the classroom model here, because writing the graphs takes a while. Its weights are
+# random: equal outputs are what we want to see.
 
 # %%
 tiny = DiffTSR(preset("tiny")).eval()
@@ -628,7 +663,7 @@ class FasterConfig:
     judge: Literal["v6", "v4", "tesseract"] = "v6"  # who reads
     steps: tuple[int, ...] = STEPS  # of --sweep
     minutes: float = 60.0  # of --distill
-    data: str = "synthetic"  # of --distill: "synthetic", "pool:PATH", "lmdb:PATH" or "pairs:PATH"
+    data: str = "synthetic"  # of --distill: synthetic, or pool:, lmdb:, pairs: or shards: and a path
     output: Path = Path("runs/student")  # of --distill
     benchmark: Path | None = None  # file of figures; data/benchmarks/faster.json
 
@@ -735,11 +770,31 @@ if __name__ == "__main__" and "__file__" in globals():
 # * Nearness to the 200-step result is not quality. Measure against the truth.
 # * Eight bits make files of matrices four times smaller; whether they make them faster is a question for a clock.
 # * Three graphs and ten lines of numpy restore without torch.
+#
+# ## Check yourself
+#
+# 1. A step costs a third of the rest. How much faster is one step than four?
+# 2. A solver of second order comes nearer to the 200-step result in ten steps. Why may the picture be worse?
+# 3. Why do 8 bits help a transformer more than a U-Net here?
+# 4. You measure that a change makes restoring 10 % faster. What would you ask of yourself before you believe it?
+#
+# <details><summary>Answers</summary>
+#
+# 1. $(1 + 4/3) / (1 + 1/3) = 1.75$ times, and no solver in the world gives more: the straight line has an
+#    intercept.
+# 2. It is nearer to what the network says along its path, not to the truth. Where the network was taught few steps,
+#    the long path leads through times at which it knows least.
+# 3. Only linear layers are turned into 8 bits, and a U-Net is mostly convolutions. Count before you convert.
+# 4. Whether both were measured side by side in one run, in turns, as medians, on a quiet machine, with the same
+#    threads; and whether the results are the same.
+#
+# </details>
 
 # %% [markdown]
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/16_faster.ipynb](../exercises/16_faster.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+# The same tasks without solutions: [exercises/16_faster.ipynb](../exercises/16_faster.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
 import numpy as np
@@ -751,11 +806,14 @@ from difftsr.exercises import check, near
 # %% [markdown]
 # ### 1 · What can you afford? · ●○○ easy
 #
-# Once a line costs `once` seconds, and `step` seconds for every step. How many steps fit into a budget? And if an upload of a line takes `waiting` seconds during which nothing can be computed, how many lines does a batch need so that computing, not waiting, takes at least half of the time?
+# Once a line costs `once` seconds, and `step` seconds for every step. How many steps fit into a budget? And if an
+# upload of a line takes `waiting` seconds during which nothing can be computed, how many lines does a batch need so
+# that computing, not waiting, takes at least half of the time?
 #
 # <details><summary>Hint</summary>
 #
-# Both are straight lines, and both answers are whole numbers: one is rounded down, the other up. A budget may be too small for any step.
+# Both are straight lines, and both answers are whole numbers: one is rounded down, the other up. A budget may be too
+# small for any step.
 #
 # </details>
 
@@ -789,7 +847,9 @@ check({
 # %% [markdown]
 # ### 2 · Eight bits, four, two · ●●○ medium
 #
-# Round a matrix to signed whole numbers of `bits` bits, one scale for each row (section 5 does it for 8), and give back the rounded matrix as floats. A row of zeros must stay zeros. Then predict, before you run the check: by what factor does the error grow when one bit is taken away?
+# Round a matrix to signed whole numbers of `bits` bits, one scale for each row (section 5 does it for 8), and give
+# back the rounded matrix as floats. A row of zeros must stay zeros. Then predict, before you run the check: by what
+# factor does the error grow when one bit is taken away?
 #
 # <details><summary>Hint</summary>
 #
@@ -832,7 +892,9 @@ check({
 # %% [markdown]
 # ### 3 · The order of a solver · ●●● hard
 #
-# A solver of order $p$ has an error $e(S) \approx C\, S^{-p}$. On double logarithmic paper that is a straight line, and its slope is what you want: fit it by least squares. Then write one step of Heun's method for $z' = f(z)$: an Euler step, and another with the mean of the slopes at both ends.
+# A solver of order $p$ has an error $e(S) \approx C\, S^{-p}$. On double logarithmic paper that is a straight line,
+# and its slope is what you want: fit it by least squares. Then write one step of Heun's method for $z' = f(z)$: an
+# Euler step, and another with the mean of the slopes at both ends.
 #
 # <details><summary>Hint</summary>
 #
@@ -876,13 +938,14 @@ check({
 })  # fmt: skip
 
 # %% [markdown]
-# ## Where to go next
-#
-# This was the last lesson. Change one idea, train it (13), measure it (14), and tell us.
-#
 # ## References
 #
 # - Song et al., *Denoising Diffusion Implicit Models*, ICLR 2021 (arXiv 2010.02502).
 # - Lu et al., *DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models* (arXiv 2211.01095).
 # - Salimans and Ho, *Progressive Distillation for Fast Sampling of Diffusion Models*, ICLR 2022 (arXiv 2202.00512).
-# - Jacob et al., *Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference*, CVPR 2018 (arXiv 1712.05877).
+# - Jacob et al., *Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference*, CVPR
+#   2018 (arXiv 1712.05877).
+#
+# ## Where to go next
+#
+# This was the last lesson. Change one idea, train it (13), measure it (14), and tell us.

@@ -298,6 +298,18 @@ def test_pairs_keep_their_own_low_resolution_side(alphabet):
     assert same(pairs.record(0, 0), pairs.record(0, 1))
 
 
+def test_a_bad_pair_is_left_out_and_said(alphabet, tmp_path):
+    shutil.copytree(data_folder() / "samples", tmp_path / "pairs")
+    files = [row["file"] for row in read_table(tmp_path / "pairs" / "labels.tsv")]
+    (tmp_path / "pairs" / "lr" / files[3]).write_bytes(b"no picture")
+    (tmp_path / "pairs" / "hr" / files[5]).unlink()
+    pairs = PairFolder(tmp_path / "pairs", alphabet, SIZES["classroom"])
+    with pytest.warns(UserWarning, match="record (4|6) left out") as said:
+        texts = [pairs[i]["text"] for i in range(12)] + [pairs[i]["text"] for i in range(12)]
+    assert len(said) == 2 and set(pairs.errors) == {3, 5} and files[5] in pairs.errors[5]
+    assert texts[3] == texts[4] and texts[5] == texts[6] and len(set(texts)) == 10
+
+
 def test_samples_are_what_the_table_says():
     rows = read_table(data_folder() / "samples" / "labels.tsv")
     told = [(row["text"], row["pipeline"], row["strength"]) for row in rows]
