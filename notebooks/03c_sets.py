@@ -254,10 +254,10 @@ def write_evaluation_sets(folder: str | Path) -> None:
 #
 # ## 4. What does it cost?
 #
-# Rates of lines as `python tests/bench_data.py` has measured them. Those of one core are lines for a second of its
-# processor time, which others on the machine hardly change. Those of the loaders go by the clock, and the machine was
-# busy (`load_average_of_loaders` in the file): they are a lower bound. On a CPU the batched degradation keeps step
-# with the one-line form; on a graphics card it has the card's speed, which nobody has measured here.
+# Rates of lines, measured by `python tests/bench_data.py --output data/benchmarks/data.json`. Those of one core are lines
+# for a second of its processor time, which others on the machine hardly change. Those of whole loaders go by the clock,
+# with nothing else at work. On a CPU the batched degradation is not much quicker than the one-line form; on a graphics
+# card it would have the card's speed, which nobody has measured here.
 #
 # How would one feed 3,000 lines a second? Not by rendering and degrading each line when it is asked for: the table
 # says how many cores that takes. So render a pool of sharp canvases once, read it, draw the recipes on the host, and
