@@ -159,7 +159,7 @@ alphas = [0.9, 0.8, 0.7, 0.6]
 naive = np.linalg.multi_dot([one_step_matrix(a, 5) for a in alphas])
 assert np.allclose(naive, one_step_matrix(np.prod(alphas), 5))
 print("row 1 after four steps:", naive[1].round(2))
-print("by alpha_bar          :", one_step_matrix(np.prod(alphas), 5)[1].round(2), " alpha_bar =", np.prod(alphas).round(2))
+print("by alpha_bar          :", one_step_matrix(np.prod(alphas), 5)[1].round(2), " with", np.prod(alphas).round(2))
 
 # %% [markdown]
 # For the paper's alphabet a matrix has $6736^2 = 45$ million entries, for 1,000 steps. Nobody needs them: keep the
@@ -386,8 +386,8 @@ right.set(xlim=(-1, 24), ylim=(9.5, -0.7), yticks=range(10), yticklabels=range(0
 plt.show()
 
 # %% [markdown]
-# The lower rows are red, but not all of their letters: even pure noise hits the right one now and then. Half of the
-# text is still there at $t = 666$. Move the level yourself:
+# Black letters are as they were. The noise takes one after the other (a dot is PAD, a question mark UNK), and half of
+# the text is still there at $t = 666$. Move the level yourself:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -1452,7 +1452,7 @@ for i, ax in enumerate(axes):
 plt.show()
 
 # %% [markdown]
-# The reader has taken an S for a 5 and an N for a 7; the network ends with the names of towns. Look at the upper rows:
+# The reader has taken an S for a 5 and a T for a 7; the network ends with the names of towns. Look at the upper rows:
 # while $t$ is large the characters keep changing, even right ones, because $c_t$ is *supposed* to be mostly noise
 # there. That is why the image diffusion will be told the predicted clean text (`top_reading`) and not $c_t$ itself.
 #
