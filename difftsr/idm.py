@@ -33,7 +33,7 @@ class ScheduleConfig:
     linear_start: float = 0.0015
     linear_end: float = 0.0205
 
-
+# %% ../notebooks/07_idm.ipynb #1d93303b
 def alpha_bar_table(config: ScheduleConfig) -> Tensor:
     """alpha_bar_t for t = 0 .. T-1, float64: the share of the latent's variance that is left at time t."""
     steps = config.timesteps
@@ -230,7 +230,7 @@ def columns_of(centers: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
     place = ((column - start) / (end - start).clamp(min=1e-4)).clamp(0, 1)
     return torch.where(inside.any(1), order.gather(1, index), -1), place, (end - start) / widest
 
-
+# %% ../notebooks/07_idm.ipynb #4234ce0a
 def draw_text(reading: Reading, glyphs: Tensor, size: tuple[int, int]) -> Tensor:
     """The text drawn where it stands: a `Reading` of B lines -> (B, 4, h, w) in [0, 1], for a latent of `size` (h, w).
 
@@ -460,7 +460,7 @@ def latents(vae: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         return vae.to_latent(batch["hr"]), vae.to_latent(batch["lr"])
 
-
+# %% ../notebooks/07_idm.ipynb #3bca8b04
 def is_released(model: nn.Module) -> bool:
     """Whether these are the paper's networks with the habits of the released code (lesson 15)."""
     return getattr(getattr(model, "config", None), "reference", False)
@@ -487,7 +487,7 @@ def reader_classes(model: nn.Module, tokens: Tensor) -> Tensor:
     """Texts (B, 24) in the classes of the model's recogniser."""
     return model.reader_tokens(tokens) if is_released(model) else tokens
 
-
+# %% ../notebooks/07_idm.ipynb #5fdad190
 def spread_times(batch: int, timesteps: int, generator: torch.Generator) -> Tensor:
     """Times (B,) whose distribution is uniform, spread evenly over the batch, in random order (arXiv 2107.00630)."""
     device = generator.device

@@ -15,7 +15,7 @@
 #
 # **What you will understand.** How "noise" works on letters. Why everything is done in logarithms. How Bayes' rule
 # turns a guess of the clean text into one step backwards, and why the same guess needs another rule when it was
-# learned by cross-entropy. Why the released code hardly ever corrects a character, which is one wrong index.
+# learned by cross-entropy. Why the released code hardly ever corrects a character: one index in the wrong place.
 #
 # **What you need.** Lessons 05 (the reader and its `Reading`) and 07 (diffusion on latents). 1 minute and
 # 1 GB of memory on two CPU cores.
@@ -96,19 +96,26 @@ from matplotlib import pyplot as plt
 from difftsr.text_lines import UNK, Alphabet
 
 torch.manual_seed(0)
-plt.rcParams["figure.dpi"] = 80
+plt.rcParams["figure.dpi"] = 70
 
 
 # %% [markdown]
-# | symbol | in code | meaning |
-# | --- | --- | --- |
-# | $K$, $n$, $T$ | `num_classes`, `length`, `timesteps` | characters of the alphabet, positions of a line (24), steps (1000) |
-# | $c_0$, $c_t$ | `tokens`, `c_t` | the clean text, the text at noise level $t$ |
-# | $\alpha_t$ | `log_alpha` | probability that step $t$ leaves a character alone |
-# | $\bar\alpha_t$ | `alpha_bar` | probability that none of the steps up to $t$ touched it: $\prod_{i \le t} \alpha_i$ |
-# | $q$ | `q_...` | the noise, which we choose |
-# | $p$ | `log_p0`, `log_p` | what the network believes |
-# | $s$ | `s` | the level a step goes to, $s < t$; $-1$ is the clean text |
+# The reader of lesson 05 has looked at a bad picture and said what it saw. Some of it is wrong. This lesson trains a
+# second opinion, and in the way of lesson 07: add noise to texts, teach a network to undo it at every level, then start
+# from noise and undo it step by step. Only the noise has to be another one, for nothing lies half-way between two
+# letters. The symbols (those of all lessons: [GLOSSARY.md](GLOSSARY.md)):
+#
+# | symbol | name in code | shape, range | meaning |
+# | --- | --- | --- | --- |
+# | $K$, $n$, $T$ | `num_classes`, `length`, `timesteps` | 6736, 24, 1000 in the paper | characters of the alphabet, positions of a line, noise levels |
+# | $c_0$, $c_t$ | `tokens`, `c_t` | (B, n), 0 … K - 1 | the clean text, the text at noise level $t$ |
+# | $\alpha_t$ | `log_alpha` | (T,), 0 … 1 | probability that step $t$ leaves a character alone |
+# | $\bar\alpha_t$ | `alpha_bar` | (T,), 1 … 0 | probability that none of the steps up to $t$ touched it: $\prod_{i \le t} \alpha_i$ |
+# | $q$ | `q_...` | (B, K, n), logarithms | the noise, which we choose |
+# | $p$ | `log_p0`, `log_p` | (B, K, n), logarithms | what the network believes: of $c_0$; of $c_s$ |
+# | $s$ | `s` | -1 … t - 1 | the level a step goes to; $-1$ is the clean text |
+# | $\ell_t$, $L_t$ | `term`, `expected` | (B,), nats | one term of the variational bound for one drawn $c_t$, and its mean over $c_t$ |
+# | $p_t$ | `p_t` | (T,), sums to 1 | probability with which training draws the level $t$ |
 #
 # ## 1. Noise for letters
 #
@@ -132,14 +139,27 @@ print(step.round(2))
 assert np.allclose(step.sum(1), 1)
 
 # %% [markdown]
-# Many steps are a product of matrices, and the product has the same form again, with $\bar\alpha = \prod \alpha$. A
-# character that starts as class 1 is, after some steps, described by row 1.
+# Many steps are a product of matrices, and the product has the same form again. Write $I$ for the identity and $U$ for
+# the matrix whose entries are all $1/K$, so that a step is $\alpha I + (1 - \alpha) U$. Then for two steps
+#
+# $$ \begin{aligned}
+# \big(\alpha I + (1 - \alpha) U\big) \big(\alpha' I + (1 - \alpha') U\big)
+# &= \alpha\alpha' I + \big[\alpha (1 - \alpha') + (1 - \alpha)\, \alpha'\big] U + (1 - \alpha)(1 - \alpha')\, U^2
+# & \text{(multiplied out)} \\
+# &= \alpha\alpha' I + \big[\alpha (1 - \alpha') + (1 - \alpha)\, \alpha' + (1 - \alpha)(1 - \alpha')\big] U
+# & \text{(as } U^2 = U \text{)} \\
+# &= \alpha\alpha' I + (1 - \alpha\alpha')\, U . & \text{(collected)}
+# \end{aligned} $$
+#
+# ($U^2 = U$ because a die thrown after a die is a die.) Step by step this gives $\bar\alpha = \prod \alpha$ for any
+# number of steps. A character that starts as class 1 is, after four steps, described by row 1 of the product:
 
 # %%
 alphas = [0.9, 0.8, 0.7, 0.6]
 naive = np.linalg.multi_dot([one_step_matrix(a, 5) for a in alphas])
 assert np.allclose(naive, one_step_matrix(np.prod(alphas), 5))
-print("row 1 after four steps:", naive[1].round(2), " alpha_bar:", np.prod(alphas).round(2))
+print("row 1 after four steps:", naive[1].round(2))
+print("by alpha_bar          :", one_step_matrix(np.prod(alphas), 5)[1].round(2), " with", np.prod(alphas).round(2))
 
 # %% [markdown]
 # For the paper's alphabet a matrix has $6736^2 = 45$ million entries, for 1,000 steps. Nobody needs them: keep the
@@ -148,9 +168,18 @@ print("row 1 after four steps:", naive[1].round(2), " alpha_bar:", np.prod(alpha
 # ## 2. The same in log space
 #
 # Probabilities of text become tiny: at small $t$ a wrong character has probability $10^{-9}$, and the posterior
-# multiplies such numbers. So the code keeps logarithms. A product becomes a sum; the sum $a + b$ becomes
-# $\log(e^{\log a} + e^{\log b})$, which `torch.logaddexp` computes without overflow. A zero is written as $\log
-# 10^{-30}$. The classes are on axis 1, as in `F.cross_entropy`: `(B, K, n)`.
+# multiplies such numbers and divides by their sum. Naively, in the float32 of every network, that ends like this:
+
+# %%
+p = torch.tensor([1e-30, 3e-30])  # two very improbable characters, one three times as probable as the other
+print("naive  :", (p * p / (p * p).sum()).tolist())
+logs = 2 * p.log()
+print("in logs:", [round(x, 3) for x in (logs - logs.logsumexp(0)).exp().tolist()])
+
+# %% [markdown]
+# The products are below the smallest float32, and zero over zero is no number. So the code keeps logarithms. A product
+# becomes a sum; the sum $a + b$ becomes $\log(e^{\log a} + e^{\log b})$, which `torch.logaddexp` computes without
+# overflow. A zero is written as $\log 10^{-30}$. The classes are on axis 1, as in `F.cross_entropy`: `(B, K, n)`.
 
 # %%
 #| export
@@ -179,8 +208,12 @@ print(log_x.shape, "\n", log_x[0].exp())
 
 
 # %% [markdown]
-# The schedule: the *cosine* form that the released code uses. It takes the square root of the ratio, so that
-# $\bar\alpha_t \approx \cos(\frac{\pi}{2} t/T)$ and not its square, as for images.
+# Classes stand in the rows, positions in the columns: the first character is class 2, and so on.
+#
+# The schedule is the *cosine* form that the released code uses. With $f(u) = \cos^2\big(\frac{u + .008}{1.008} \cdot
+# \frac{\pi}{2}\big)$ on a grid of $T + 1$ points, $\alpha_t = \sqrt{f_{t+1} / f_t}$. It takes the square root of the
+# ratio, so that $\bar\alpha_t \approx \cos(\frac{\pi}{2} t/T)$ and not its square, as for images: a text stays legible
+# longer.
 
 # %%
 #| export
@@ -194,6 +227,20 @@ def cosine_alphas(timesteps: int) -> Tensor:
     f = torch.cos((grid + 0.008) / 1.008 * math.pi / 2) ** 2
     return (f[1:] / f[:-1]).clamp(0.001, 1).sqrt()
 
+
+# %% [markdown]
+# The class below holds the whole arithmetic. Read `_blur` first: it is "multiply by $\alpha$, add $(1 - \alpha)/K$" in
+# logarithms, and all noise goes through it. The other methods are one equation each:
+#
+# | method | gives | explained in |
+# | --- | --- | --- |
+# | `q_pred_one_timestep` | $q(c_t \mid c_{t-1})$ | section 1 |
+# | `q_pred`, `q_sample` | $q(c_t \mid c_0)$, and a draw from it | section 1 |
+# | `q_pred_between` | $q(c_t \mid c_s)$ for any $s < t$ | section 3 |
+# | `posterior` | $q(c_s \mid c_t, c_0)$; with a guess in place of $c_0$, the plug-in rule | sections 3, 4 |
+# | `posterior_mixture` | $\sum_{c_0} p(c_0 \mid c_t)\, q(c_s \mid c_t, c_0)$ | section 4 |
+# | `sample` | a draw from any of these | |
+# | `kl_prior`, `bound_term` | the terms of the variational bound | section 8 |
 
 # %%
 #| export
@@ -309,7 +356,8 @@ naive_steps = [one_step_matrix(a, 5) for a in toy.log_alpha.exp().numpy()]
 after_4 = torch.tensor(np.linalg.multi_dot(naive_steps[:4]))[1]  # steps 0 .. 3
 ours = toy.q_pred(toy.log_onehot(torch.tensor([[1]])), t=3).exp()[0, :, 0]
 torch.testing.assert_close(ours.double(), after_4, atol=1e-6, rtol=0)
-print(ours)
+print("q_pred  :", [round(p, 4) for p in ours.tolist()])
+print("matrices:", [round(p, 4) for p in after_4.tolist()])
 
 # %% [markdown]
 # How much of a text is left? `alpha_bar` says it, and a line of text shows it. `q_sample` needs no vector of 6,736
@@ -337,6 +385,10 @@ for row, t in enumerate(range(0, 1000, 111)):
 right.set(xlim=(-1, 24), ylim=(9.5, -0.7), yticks=range(10), yticklabels=range(0, 1000, 111), xticks=[], ylabel="t")
 plt.show()
 
+# %% [markdown]
+# Black letters are as they were. The noise takes one after the other (a dot is PAD, a question mark UNK), and half of
+# the text is still there at $t = 666$. Move the level yourself:
+
 # %%
 # NBVAL_IGNORE_OUTPUT
 slider, shown = widgets.IntSlider(value=500, min=0, max=999, description="t"), widgets.Label()
@@ -356,19 +408,24 @@ widgets.VBox([slider, shown])
 # %% [markdown]
 # ## 3. One step back, if the clean text is known
 #
-# Suppose somebody tells us $c_0$. What was $c_s$, given $c_t$? Bayes' rule, with $s$ any earlier level:
+# Suppose somebody tells us $c_0$. What was $c_s$, given $c_t$, with $s$ any earlier level? Line by line:
 #
-# $$q(c_s \mid c_t, c_0) \;\propto\; \underbrace{q(c_s \mid c_0)}_{\bar\alpha_s}\;\underbrace{q(c_t \mid
-# c_s)}_{\bar\alpha_t / \bar\alpha_s}$$
+# $$ \begin{aligned}
+# q(c_s \mid c_t, c_0) &= \frac{q(c_t \mid c_s, c_0)\; q(c_s \mid c_0)}{q(c_t \mid c_0)}
+# & \text{(Bayes, all given } c_0 \text{)} \\
+# &= \frac{q(c_t \mid c_s)\; q(c_s \mid c_0)}{q(c_t \mid c_0)} & \text{(each step looks only at the one before)} \\
+# &\propto \underbrace{q(c_t \mid c_s)}_{\text{keep } \bar\alpha_t / \bar\alpha_s} \;
+# \underbrace{q(c_s \mid c_0)}_{\text{keep } \bar\alpha_s} & \text{(the denominator does not contain } c_s \text{)}
+# \end{aligned} $$
 #
-# (Bayes has $q(c_t \mid c_s, c_0)$ as its second factor. Each step looks only at the character before it, so $c_0$ has
-# nothing to add once $c_s$ is known. And from $s$ to $t$ the matrices of the steps in between multiply to one of the
-# same form, with $\alpha_{s+1} \cdots \alpha_t = \bar\alpha_t / \bar\alpha_s$. That is the *strided* posterior; with
-# $s = t - 1$ it is the paper's. What the proportionality hides is the sum over $c_s$, which is $q(c_t \mid c_0)$.)
+# Both factors are known. The second is `q_pred`. The first is the noise of the steps from $s + 1$ to $t$ alone: by
+# section 1 these multiply to one matrix of the same form, which keeps with probability $\alpha_{s+1} \cdots \alpha_t =
+# \bar\alpha_t / \bar\alpha_s$. Nothing asks that $s = t - 1$; with that $s$ it is the posterior of the paper, with a
+# smaller one the *strided* posterior, which leaps.
 #
-# Three lines of code: blur the clean text to level $s$; blur $c_t$ by the noise between $s$ and $t$ (as a function of
-# $c_s$, which is allowed because uniform noise is symmetric); add the logarithms and normalise. For $s = -1$ nothing
-# is blurred: $\bar\alpha_{-1} = 1$.
+# In code these are three lines: blur the clean text to level $s$; blur $c_t$ by the noise between $s$ and $t$ (as a
+# function of $c_s$, which is allowed because the matrix is symmetric); add the logarithms and normalise. For $s = -1$
+# nothing is blurred: $\bar\alpha_{-1} = 1$.
 #
 # Do not believe it; count. With 3 characters and 4 steps we can walk **every path** from $c_0$ to $c_t$ and add up
 # the probabilities of those that pass through each $c_s$.
@@ -394,6 +451,9 @@ assert torch.allclose(line_by_line, tiny.posterior(log_x0, log_x_t, t, s).exp()[
 
 
 # %% [markdown]
+# Eighty per cent for the clean character, and the noised one (class 2) only a little likelier than class 1, which
+# nobody has mentioned: so little does $c_t$ say at $t = 3$ of 4.
+#
 # An *oracle*, a denoiser that knows the truth, must therefore arrive at it with any number of steps. This small loop
 # is the sampler of lesson 11, reduced to the text.
 
@@ -422,14 +482,37 @@ for steps in (1, 4, 20, 200):
 # was *trained through this formula* with the variational bound (section 8): whatever comes out of it was fitted.
 #
 # **Mixture**: a network trained with cross-entropy gives honest probabilities, and honest probabilities want the law
-# of total probability,
+# of total probability:
 #
-# $$p(c_s \mid c_t) = \sum_{c_0} p(c_0 \mid c_t)\; q(c_s \mid c_t, c_0) \;\propto\; q(c_t \mid c_s) \sum_{c_0}
-# \frac{p(c_0 \mid c_t)}{q(c_t \mid c_0)}\, q(c_s \mid c_0).$$
+# $$ \begin{aligned}
+# p(c_s \mid c_t) &= \sum_{c_0} p(c_0 \mid c_t)\; q(c_s \mid c_t, c_0) & \text{(total probability)} \\
+# &= \sum_{c_0} p(c_0 \mid c_t)\; \frac{q(c_t \mid c_s)\; q(c_s \mid c_0)}{q(c_t \mid c_0)}
+# & \text{(section 3, second line)} \\
+# &= q(c_t \mid c_s) \sum_{c_0} \frac{p(c_0 \mid c_t)}{q(c_t \mid c_0)}\; q(c_s \mid c_0) .
+# & \text{(the first factor has no } c_0 \text{)}
+# \end{aligned} $$
 #
-# The right-hand side is the plug-in formula applied to $p / q(c_t \mid c_0)$, renormalised: one subtraction more in
-# log space (`posterior_mixture`). Why divide? $p(c_0 \mid c_t)$ already contains the evidence of $c_t$, and the
-# plug-in formula would count it a second time.
+# The last line is the plug-in formula applied to $p / q(c_t \mid c_0)$ instead of $p$: one subtraction more in log
+# space (`posterior_mixture`). Why divide? $p(c_0 \mid c_t)$ already contains the evidence of $c_t$, and the plug-in
+# formula would count it a second time. Count paths once more, now from *every* clean character, each as often as it
+# occurs:
+
+# %%
+frequency, t, s, c_t = torch.tensor([0.6, 0.3, 0.1]), 2, 0, 2
+passing = np.zeros(3)
+for c_0, path in product(range(3), product(range(3), repeat=t)):
+    stations = (c_0, *path, c_t)
+    way = np.prod([steps_naive[i][stations[i], stations[i + 1]] for i in range(t + 1)])
+    passing[path[s]] += frequency[c_0] * way
+perfect = normalise(frequency.log()[None, :, None] + tiny.q_pred(log_x_t, t))  # p(c_0 | c_t) by Bayes
+print("by counting paths:", (passing / passing.sum()).round(3))
+for name, rule in (("mixture", tiny.posterior_mixture), ("plug-in", tiny.posterior)):
+    print(f"{name:17s}:", rule(perfect, log_x_t, t, s).exp()[0, :, 0].numpy().round(3))
+assert np.allclose(passing / passing.sum(), tiny.posterior_mixture(perfect, log_x_t, t, s).exp()[0, :, 0], atol=1e-6)
+
+# %% [markdown]
+# The mixture is what the paths say; the plug-in rule gives .505 instead of .295 to class 2, the one that $c_t$ shows.
+# That is the error of one step, and it is made again in every step.
 #
 # An experiment without any training: the texts are single characters with known frequencies (the `prior`), so the
 # perfect cross-entropy network is known in closed form. We propagate the exact distribution through $S$ steps. A
@@ -473,10 +556,10 @@ plt.show()
 #
 # ## 5. Where the text starts decides how much the reader is trusted
 #
-# > **Where the released code departs.** The released sampler starts from the recognised text and hands the
-# > TDM the *number of the step* (199, 198, ..., 0) instead of the time (999, 994, ...). At $t = 199$ only one
-# > character in twenty has been replaced by noise, so a character that looks like noise is almost never suspected.
-# > With 20 steps $t$ never exceeds 19.
+# > **The released code, row 2: an index for a time.** The released sampler starts from the recognised text and hands
+# > the TDM the *number of the step* (199, 198, ..., 0) instead of the time (999, 994, ...), with a posterior made for
+# > steps of one. At $t = 199$ only one character in twenty has been touched by noise, so a wrong character is almost
+# > never suspected; with 20 steps $t$ never exceeds 19. Here the TDM gets the real $t$, and the posterior is strided.
 #
 # In numbers: the TDM is sure of the right character (0.99) and gives the misread one 0.001. How often does the
 # misread character get corrected, if the text starts as the reading, taken for $c_t$ at a certain level? Only three
@@ -505,13 +588,16 @@ for start in (999, 949, 799, 299):
     print(f"real t, starting at {start}:", *(f"S = {S}: {corrected(backwards(S, start)):.2f} " for S in (1, 20, 200)))
 for steps in (200, 20):
     released = corrected([(t, t - 1) for t in range(steps - 1, -1, -1)])
-    print(f"released indexing, S = {steps}: {released:.4f}")
+    touched = 1 - paper.alpha_bar[steps - 1]
+    print(f"released indexing, S = {steps}: {released:.4f}  (noise has touched at most {touched:.2%} of the text)")
 assert released < 0.01 < 0.9 < corrected(backwards(20, 999))
 
 # %% [markdown]
-# The start level *is* the trust in the reader, and the number of steps does not matter once the step is strided
-# properly. This project starts at $T - 1$, pure noise, and lets the reading enter as a **condition** of the network,
-# with its confidence, where the network can weigh it.
+# Read the four upper lines along: the number of steps does not matter once the step is strided properly. Read them
+# down: the start level *is* the trust in the reader. From $t = 999$ the misread character survives in one case of a
+# hundred, from 299 in 98; with the released indexing in 99 (200 steps), or practically always (20 steps). This project
+# starts at $T - 1$, pure noise, and lets the reading enter as a **condition** of the network, with its confidence,
+# where the network can weigh it.
 #
 # ## 6. The denoiser
 #
@@ -523,9 +609,9 @@ assert released < 0.01 < 0.9 < corrected(backwards(20, 999))
 # * the **image**, as columns from left to right. A column token is made of the reader's feature map and of the latent
 #   of the degraded line, and later MoM adds what the half-restored image shows.
 #
-# > **The released code, row 7.** It makes its image tokens by a `.view` of the latent (3 x 32 x 128 numbers) as 16 runs
-# > of
-# > 768. That is how the numbers lie in memory, and not how they lie in the picture.
+# > **The released code, row 7: tokens that straddle.** It makes its image tokens by a `.view` of the latent (3 x 32 x
+# > 128 numbers) as 16 runs of 768. That is how the numbers lie in memory, and not how they lie in the picture. Here a
+# > token is a column of the picture.
 #
 # Give every number of a latent its channel, row and column, cut both ways, and ask what a token has seen:
 
@@ -960,27 +1046,36 @@ assert count == 211_099_217
 # ## 8. Two losses
 #
 # **The variational bound.** What we would like to make small is $-\log p(x)$ of the clean text, called $x$ in the next
-# lines so that $c_0 \dots c_{T-1}$ are the noised ones. It needs a sum over all paths of noise, which nobody can
-# compute. Write that sum as a mean over the paths that $q$ draws, and move the logarithm inside (Jensen's inequality:
-# the logarithm of a mean is at least the mean of the logarithms):
+# lines so that $c = (c_0, \dots, c_{T-1})$ are the noised ones. It needs a sum over all paths of noise, which nobody
+# can compute:
 #
-# $$-\log p(x) = -\log \mathbb E_q \frac{p(x, c_0 \dots c_{T-1})}{q(c_0 \dots c_{T-1} \mid x)} \;\le\; \mathbb E_q
-# \log \frac{q(c_0 \dots c_{T-1} \mid x)}{p(x, c_0 \dots c_{T-1})} .$$
+# $$ \begin{aligned}
+# -\log p(x) &= -\log \sum_{c} p(x, c) & \text{(all ways to arrive at } x \text{)} \\
+# &= -\log \sum_{c} q(c \mid x)\, \frac{p(x, c)}{q(c \mid x)} & \text{(times one)} \\
+# &= -\log \mathbb E_{q(c \mid x)} \frac{p(x, c)}{q(c \mid x)} & \text{(a mean over the paths that } q \text{ draws)} \\
+# &\le \mathbb E_{q(c \mid x)} \log \frac{q(c \mid x)}{p(x, c)} . & \text{(Jensen: } -\log \text{ is convex)}
+# \end{aligned} $$
 #
-# Both paths can be written backwards, $q$ by Bayes as $q(c_{T-1} \mid x) \prod_t q(c_{t-1} \mid c_t, x)$ and $p$ as
-# $p(c_{T-1}) \prod_t p(c_{t-1} \mid c_t) \cdot p(x \mid c_0)$. Factor stands over factor, and the logarithm of the
-# product falls apart:
+# Now cut both paths into steps *backwards*. For $p$ that is how the network works. For $q$ it is the chain rule of
+# probability, in which $c_{t-1}$ would depend on all of $c_t, \dots, c_{T-1}$ and $x$; but whoever knows $c_t$ learns
+# nothing more from what came after it:
+#
+# $$ p(x, c) = p(c_{T-1}) \prod_{t=1}^{T-1} p(c_{t-1} \mid c_t) \; p(x \mid c_0), \qquad
+# q(c \mid x) = q(c_{T-1} \mid x) \prod_{t=1}^{T-1} q(c_{t-1} \mid c_t, x) . $$
+#
+# Factor stands over factor, the logarithm of a product is a sum, and the mean of each logarithm over its $c_{t-1}$ is a
+# Kullback-Leibler divergence:
 #
 # $$-\log p(x) \le \underbrace{\mathrm{KL}\big(q(c_{T-1} \mid x) \,\|\, \tfrac1K\big)}_{\text{kl\_prior, a
-# constant}} + \sum_{t=1}^{T-1} \underbrace{\mathbb E\, \mathrm{KL}\big(q(c_{t-1} \mid c_t, x) \,\|\, p(c_{t-1}
-# \mid c_t)\big)}_{L_t} + \underbrace{\mathbb E\,[-\log p(x \mid c_0)]}_{L_0} .$$
+# constant}} + \sum_{t=1}^{T-1} \underbrace{\mathbb E_{c_t} \overbrace{\mathrm{KL}\big(q(c_{t-1} \mid c_t, x) \,\|\,
+# p(c_{t-1} \mid c_t)\big)}^{\ell_t}}_{L_t} + \underbrace{\mathbb E_{c_0} [-\log p(x \mid c_0)]}_{L_0} .$$
 #
-# Every $L_t$ compares the true step back (section 3) with the network's step. The bound is tight where $p$ walks back
-# exactly as $q$ would, and only there. With 3 characters and 4 steps both sides can be computed exactly, for the
-# perfect network of section 4 under both rules:
+# Every $\ell_t$ compares the true step back (section 3) with the network's step, at one drawn $c_t$; `bound_term`
+# computes it, summed over the positions of a line. The bound is tight where $p$ walks back exactly as $q$ would, and
+# only there. With 3 characters and 4 steps both sides can be computed exactly, for the perfect network of section 4
+# under both rules:
 
 # %%
-frequency = torch.tensor([0.6, 0.3, 0.1])
 every = tiny.log_onehot(torch.arange(3)[:, None])  # (3, 3, 1): every c_t, or every clean x
 
 
@@ -1007,18 +1102,29 @@ assert (mixture[0] - mixture[1]).max() < 0.01 < (frequency * (plug_in[0] - plug_
 
 
 # %% [markdown]
-# The perfect network with the mixture rule pays exactly what each character costs, and its bound is tight. With the
-# plug-in rule the same network believes in too many rare characters, and its bound says more than it pays: a network
-# has to be *trained* through that rule to make up for it.
+# The perfect network with the mixture rule pays exactly what each character costs, $-\ln$ of its frequency, and its
+# bound is tight. With the plug-in rule the same network believes too much in the rare third character (1.76 nats where
+# 2.30 would be right), too little in the first, and its bound says more than it pays: a network has to be *trained*
+# through that rule to make up for it.
 #
-# **One $t$ at a time.** A thousand terms for each line are too many. Draw one $t$ with probability $p_t$ and take $L_t
-# / p_t$: its mean is $\sum_t p_t L_t / p_t$, the whole sum, whatever the $p_t$. Only its scatter depends on them:
-# $\mathbb E[(L_t / p_t)^2] = \sum_t \mathbb E[L_t^2] / p_t$. Under $\sum_t p_t = 1$ that is least for
+# **One $t$ at a time.** A thousand terms for each line are too many. Draw one $t$ with probability $p_t$, one $c_t$,
+# and take $\ell_t / p_t$. Its mean is the whole sum, whatever the $p_t$:
 #
-# $$p_t \propto \sqrt{\mathbb E[L_t^2]}$$
+# $$ \mathbb E\, \frac{\ell_t}{p_t} = \sum_t p_t\, \frac{\mathbb E[\ell_t]}{p_t} = \sum_t L_t . $$
 #
-# (set the derivative of $\mathbb E[L_t^2] / p_t + \mu p_t$ to zero). `ImportanceSampler` keeps a running mean of
-# $L_t^2$ for it.
+# Only its scatter depends on them, through the mean square $\mathbb E[(\ell_t / p_t)^2] = \sum_t \mathbb E[\ell_t^2] /
+# p_t$. Which $p_t$ make that least? The inequality of Cauchy and Schwarz says it in one line:
+#
+# $$ \Big( \sum_t \sqrt{\mathbb E[\ell_t^2]} \Big)^2
+# = \Big( \sum_t \sqrt{\mathbb E[\ell_t^2] / p_t} \cdot \sqrt{p_t} \Big)^2
+# \le \sum_t \frac{\mathbb E[\ell_t^2]}{p_t} \cdot \sum_t p_t = \sum_t \frac{\mathbb E[\ell_t^2]}{p_t} . $$
+#
+# The left side does not contain $p_t$, so nothing can be smaller; and both sides are equal where the two factors under
+# the sum are proportional, that is for
+#
+# $$p_t \propto \sqrt{\mathbb E[\ell_t^2]} .$$
+#
+# `ImportanceSampler` keeps a running mean of $\ell_t^2$ for it.
 #
 # **Cross-entropy** of $p(c_0 \mid c_t)$ asks for the same optimum with every $t$ weighing alike. It is calmer, and it
 # is what this project trains with.
@@ -1075,6 +1181,9 @@ total = (expected.sum() + small.kl_prior(log_x0[:1])[0]).item()
 print(f"bound {total:.2f} nats; a blind guess among 20 costs ln 20 = {math.log(K):.2f}")
 assert abs(total - math.log(K)) < 0.01  # so for a blind network the bound is tight
 
+# %% [markdown]
+# Summed over all levels the terms give exactly what a blind guess costs. Which levels cost most?
+
 # %%
 plt.figure(figsize=(5, 2.2))
 plt.semilogy(expected)
@@ -1082,11 +1191,12 @@ plt.xlabel("t"), plt.ylabel("L_t in nats"), plt.title("where a blind network los
 plt.show()
 
 # %% [markdown]
-# What importance buys here: the scatter of the one-term estimate under uniform and under the best $p_t$, computed from
-# the table of all terms, and then seen in draws.
+# The middle: near $t = 0$ there is little noise to undo, near $T$ nothing can be known and nothing is asked. What does
+# importance buy? The scatter of the one-term estimate under uniform and under the best $p_t$, computed from the table
+# of all terms, and then seen in draws:
 
 # %%
-second = (weights * terms.view(1000, K) ** 2).sum(1)  # E[L_t^2]
+second = (weights * terms.view(1000, K) ** 2).sum(1)  # E[l_t^2]
 draw = torch.Generator().manual_seed(0)
 for name, p in (("uniform", torch.full((1000,), 1e-3)), ("importance", second.sqrt() / second.sqrt().sum())):
     scatter = ((second / p).sum() - expected.sum() ** 2).sqrt()
@@ -1095,6 +1205,7 @@ for name, p in (("uniform", torch.full((1000,), 1e-3)), ("importance", second.sq
     estimates = terms.view(1000, K)[drawn_t, drawn_c] / p[drawn_t]
     print(f"{name:10s}: std {scatter:.2f} expected, {estimates.std():.2f} drawn; mean {estimates.mean():.2f}")
     assert abs(estimates.mean() - expected.sum()) < 5 * scatter / 50_000**0.5
+    assert (second / p).sum() > (1 - 1e-5) * second.sqrt().sum() ** 2  # Cauchy and Schwarz; equal for importance
 
 
 # %% [markdown]
@@ -1296,8 +1407,10 @@ plt.xlabel("step"), plt.ylabel("characters right"), plt.legend()
 plt.show()
 
 # %% [markdown]
-# Now restore text from nothing: start at pure noise, ten strided steps, mixture posterior. Red characters are wrong;
-# the last lines are what the reader said and what the TDM ends with.
+# In every third of the levels the network reads better than the reader it listens to, by looking at the columns and by
+# knowing what towns are called; and the less noise there is in $c_t$, the better.
+#
+# Now restore text from nothing: start at pure noise, ten strided steps, mixture posterior.
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -1310,7 +1423,10 @@ draw = torch.Generator().manual_seed(5)
 c, chain = model.tdm.diffusion.q_sample(tokens, 999, draw), []
 for t, s in backwards(10):
     chain.append((t, c))
-    c, log_p0 = model.tdm.denoise(c, torch.full((200,), t), s, context=context, reading=reading, generator=draw)
+    level = torch.full((200,), t)
+    c, log_p0 = model.tdm.denoise(
+        c, level, s, context=context, reading=reading, generator=draw, greedy=s < 0
+    )  # draws, and in the end the likeliest
 chain.append(("end", c))
 right = {
     "reader": (reading.best == tokens)[tokens != PAD].float().mean(),
@@ -1318,6 +1434,10 @@ right = {
 }
 print({name: round(float(value), 2) for name, value in right.items()})
 assert right["TDM"] > right["reader"] + 0.1
+
+# %% [markdown]
+# Four of the lines, from pure noise (top) to the text that the TDM ends with; below it what the reader had said, and
+# the truth. Red characters are wrong.
 
 # %%
 fig, axes = plt.subplots(1, 4, figsize=(11, 3.2))
@@ -1332,19 +1452,74 @@ for i, ax in enumerate(axes):
 plt.show()
 
 # %% [markdown]
-# Look at the upper rows: while $t$ is large the characters keep changing, even right ones, because $c_t$ is
-# *supposed* to be mostly noise there. That is why the image diffusion will be told the predicted clean text
-# (`top_reading`) and not $c_t$ itself.
+# The reader has taken an S for a 5 and a T for a 7; the network ends with the names of towns. Look at the upper rows:
+# while $t$ is large the characters keep changing, even right ones, because $c_t$ is *supposed* to be mostly noise
+# there. That is why the image diffusion will be told the predicted clean text (`top_reading`) and not $c_t$ itself.
 #
 # ## Summary
 #
+# **What now exists:** `MultinomialDiffusion` (noise, posterior, bound), two denoisers with one interface (`TDM`, and
+# `PublishedTDM` with the keys of the released weights), `ImportanceSampler`, and `TDMStage`, which trains.
+#
+# **What was understood:**
+#
 # * Noise on characters is a coin and a die; in log space "multiply by $\bar\alpha$, add $(1 - \bar\alpha)/K$"
 #   replaces matrices of $K^2$ numbers.
-# * Bayes' rule gives the step from any $t$ to any $s$, exactly.
-# * A guess learned by cross-entropy needs the mixture; a guess learned through the bound needs the plug-in.
-# * The level from which the text starts is the trust in the reader. The released code's step index makes that trust
-#   almost complete.
-# * The denoiser reads the reader's doubts and the image's columns, and starts by repeating what was read.
+# * Bayes' rule gives the step from any $t$ to any $s$, exactly: paths counted by hand say the same.
+# * A guess learned by cross-entropy needs the mixture, a guess learned through the bound the plug-in. Confused, the
+#   sampler ends .50 of total variation from the truth after 20 steps; not confused, at 0.00.
+# * The level from which the text starts is the trust in the reader. A misread character is corrected with probability
+#   .99 from $t = 999$ and .02 from 299; with the released code's step index .008.
+# * The denoiser reads the reader's doubts and the image's columns, and starts by repeating what was read. On the towns
+#   it turned .69 right characters into .99.
+
+# %% [markdown]
+# ## Check yourself
+#
+# **1.** Why can the noise of a text not be "add a little", as for latents?
+#
+# <details><summary>Answer</summary>
+#
+# Class numbers have no order that means anything: class 17 is not between 16 and 18 in any sense a reader would accept.
+# So a character is either kept or replaced.
+#
+# </details>
+#
+# **2.** For an alphabet of two characters, which share of a text is wrong at $\bar\alpha_t = 0$?
+#
+# <details><summary>Answer</summary>
+#
+# Half. All characters have been replaced, but a die with two sides falls on the old one every other time.
+#
+# </details>
+#
+# **3.** In the derivation of the posterior, where is it used that each step of the noise looks only at the step before?
+#
+# <details><summary>Answer</summary>
+#
+# In $q(c_t \mid c_s, c_0) = q(c_t \mid c_s)$: once $c_s$ is known, the start tells nothing more about what comes after.
+#
+# </details>
+#
+# **4.** A colleague trains with cross-entropy and samples with the plug-in rule. With one step all is well, with a
+# hundred the texts are full of rare characters. Why?
+#
+# <details><summary>Answer</summary>
+#
+# The leap from $T - 1$ to the clean end is the same under both rules (there $q(c_t \mid c_0)$ is the same for all
+# $c_0$). In every other step the plug-in rule counts the evidence of $c_t$ twice, so what the dice showed first is
+# believed too much, and dice show rare characters as often as frequent ones.
+#
+# </details>
+#
+# **5.** Importance sampling changes which $t$ are trained most. Why does it not change what is learned in the end?
+#
+# <details><summary>Answer</summary>
+#
+# Each term is divided by its probability $p_t$, so the mean of the loss is the same sum for every choice of $p_t$. Only
+# the scatter of the gradient differs.
+#
+# </details>
 
 # %% [markdown]
 # ## Exercises
@@ -1486,8 +1661,21 @@ check({
 })  # fmt: skip
 
 # %% [markdown]
+# ## References
+#
+# - Zhang et al., *Diffusion-based Blind Text Image Super-Resolution*, CVPR 2024, arXiv 2312.08886: the text diffusion
+#   as a part of image restoration.
+# - Hoogeboom et al., *Argmax Flows and Multinomial Diffusion*, 2021, arXiv 2102.05379, section 4: the noise, the
+#   plug-in posterior, the bound.
+# - Austin et al., *Structured Denoising Diffusion Models in Discrete State-Spaces*, 2021, arXiv 2107.03006: other
+#   noises for classes, where some characters are nearer than others.
+# - Ho, Jain, Abbeel, *Denoising Diffusion Probabilistic Models*, 2020, arXiv 2006.11239, equation 5: the same bound for
+#   normal noise.
+# - Nichol, Dhariwal, *Improved Denoising Diffusion Probabilistic Models*, 2021, arXiv 2102.09672, equation 18:
+#   importance-sampled $t$.
+# - Bachlechner et al., *ReZero is All You Need*, 2020, arXiv 2003.04887: the scalar that starts at zero.
+
+# %% [markdown]
 # ## Where to go next
 #
-# Lesson 09 lets both diffusions see each other. Lesson 11 runs them together. The source of the method is section 4
-# of Hoogeboom et al., *Argmax Flows and Multinomial Diffusion* (2021); importance-sampled $t$ is from Nichol and
-# Dhariwal, *Improved Denoising Diffusion Probabilistic Models* (2021).
+# Lesson 09 lets both diffusions see each other. Lesson 11 runs them together.
