@@ -425,7 +425,7 @@ assert pixels.shape == (128, 384, 3) and (pixels == [200, 0, 0]).all()  # red st
 #   the image alone.
 
 # %% [markdown]
-# ## A stronger reader, if you like
+# ### A stronger reader, if you like
 #
 # The first guess at the text comes from our own recogniser, which learned from rendered lines in a few hours. Whoever
 # has the package `rapidocr` can ask PP-OCRv6 instead, which learned from millions of photographs: `reader="ppocr"`.
@@ -487,7 +487,7 @@ except ImportError as error:
 
 
 # %% [markdown]
-# ## What comes back
+# ### What comes back
 
 # %%
 #| export
