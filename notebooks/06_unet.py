@@ -468,7 +468,8 @@ likeness = position_code(columns, 32) @ position_code(centers, 32).T / 16
 
 plt.figure(figsize=(7, 2.2))
 plt.plot(columns, likeness, label=[f"a = {a:.2f}" for a in centers])
-plt.xlabel("place of the column"), plt.title("likeness of the codes of columns and characters"), plt.ylim(-0.35, 1.5), plt.legend(ncol=4)
+plt.xlabel("place of the column"), plt.title("likeness of the codes of columns and characters")
+plt.ylim(-0.35, 1.5), plt.legend(ncol=4)
 plt.show()
 assert ((columns[likeness.argmax(0)] - centers).abs() < 1 / 64).all()
 
