@@ -183,7 +183,7 @@ def is_glyphs(key: str) -> bool:
     """Whether a key of a state dict names the packed bitmaps of the alphabet."""
     return key.rsplit(".", 1)[-1] == "glyphs"
 
-
+# %% ../notebooks/10_model.ipynb #40b02cd7
 SAFETENSORS_NAMES = {torch.int64: "I64", torch.float32: "F32", torch.float16: "F16", torch.uint8: "U8"}
 
 

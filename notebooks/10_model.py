@@ -91,9 +91,15 @@ from difftsr.unet import UNetConfig
 from difftsr.vae import VAE, VAEConfig
 
 # %%
+import pickle
 import tempfile
 
 import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
+
+from difftsr.degradation import to_canvas
+from difftsr.text_lines import data_folder
 
 
 # %% [markdown]
@@ -106,13 +112,16 @@ import matplotlib.pyplot as plt
 #                                features        I_cond   C_cond
 # ```
 #
-# | symbol | tiny | classroom | paper | who must agree on it |
-# | --- | --- | --- | --- | --- |
-# | $H \times W$, the canvas | 32 x 128 | 128 x 512 | 128 x 512 | VAE, data |
-# | $C \times h \times w$, the latent | 4 x 8 x 32 | 16 x 16 x 64 | 3 x 32 x 128 | VAE, IDM, TDM, MoM |
-# | $K$, classes of a character | 38 | 3,892 | 6,736 | recogniser, IDM, TDM, MoM |
-# | $n$, characters of a line | 24 | 24 | 24 | all that read |
-# | $T$, noise levels | 1,000 | 1,000 | 1,000 | IDM, TDM, MoM |
+# Arrows into a network are what it is told. The sizes that several of them must agree on (all symbols:
+# [GLOSSARY.md](GLOSSARY.md)):
+#
+# | symbol | name in code | tiny, classroom, paper | meaning, and who must agree on it |
+# | --- | --- | --- | --- |
+# | $H \times W$ | `image_size` | 32 x 128, 128 x 512, 128 x 512 | canvas in pixels: VAE, data |
+# | $C \times h \times w$ | `latent_shape` | 4 x 8 x 32, 16 x 16 x 64, 3 x 32 x 128 | latent: VAE, IDM, TDM, MoM |
+# | $K$ | `num_classes`, `vocab_size` | 38, 3,892, 6,736 | classes of a character: recogniser, IDM, TDM, MoM |
+# | $n$ | `length`, `max_seq_len` | 24, 24, 24 | characters of a line: all that read |
+# | $T$ | `timesteps` | 1,000, 1,000, 1,000 | noise levels: IDM, TDM, MoM |
 #
 # Every network has a dataclass of its own, defined in its lesson. `ModelConfig` puts five of them together and adds
 # what they share. It is plain data: the command line of the training, a notebook, and the file on disk all hold the
@@ -236,11 +245,27 @@ try:
 except ValueError as error:
     print(str(error)[:64], "...")
 
+
 # %% [markdown]
 # ## 3. Weights on disk
 #
-# The naive way is one line, `torch.save(model)`: a pickle. Whoever loads it runs code that the file brings along, and
-# it stops working when a class is renamed. We write a folder instead:
+# The naive way is one line, `torch.save(model)`: a pickle. A pickle is not data but a little program that rebuilds an
+# object, and whoever loads it runs it. Here is a "checkpoint" from a stranger:
+
+# %%
+class Checkpoint:
+    """Looks like weights, and says at loading what else it could have done."""
+
+    def __reduce__(self):
+        return print, ("loading... and I could have deleted your files",)
+
+
+stranger = pickle.dumps(Checkpoint())
+print("what was loaded:", pickle.loads(stranger))
+
+# %% [markdown]
+# No checkpoint came back; a function of the sender's choice was called instead. (`torch.load` has refused such files by
+# default since version 2.6.) And an honest pickle stops working when a class is renamed. We write a folder instead:
 #
 # | file | holds |
 # | --- | --- |
@@ -248,10 +273,21 @@ except ValueError as error:
 # | `vae.safetensors`, `recognizer.safetensors`, ... | named tensors and nothing else, one file per network |
 # | `glyphs.safetensors` | the 24 x 24 bitmaps of all characters, as bits; several networks use them, one file keeps them |
 #
-# > **A question users of the released code asked** (its issue 9): "size mismatch 7937 vs 23558". The table of
-# > characters was a text file beside the weights, opened without an encoding, and some systems read it as three times
-# > as many characters. Class numbers are meaningless without the table they index, so here the table travels inside the
-# > settings, in UTF-8.
+# > **The released code, issue 9: a table without an encoding.** Its users report "size mismatch 7937 vs 23558". The
+# > table of characters is a text file beside the weights, opened without an encoding, and some systems read it as three
+# > times as many characters. Class numbers are meaningless without the table they index, so here the table travels
+# > inside the settings, in UTF-8.
+
+# %%
+characters = Alphabet.classroom().characters
+as_bytes = "".join(characters).encode("utf-8")
+for encoding in ("utf-8", "latin-1"):
+    read = as_bytes.decode(encoding)
+    print(f"{encoding:8s}: {len(read):,} characters, the last three {read[-3:]!r}")
+
+# %% [markdown]
+# The same bytes, nearly three times as many characters: each Chinese one takes three bytes. (The quotient of the two
+# numbers in that report is 2.97.)
 #
 # The helpers find, read and check such files. A damaged or foreign file leads to one sentence that names it.
 
@@ -334,6 +370,8 @@ def is_glyphs(key: str) -> bool:
     return key.rsplit(".", 1)[-1] == "glyphs"
 
 
+# %%
+#| export
 SAFETENSORS_NAMES = {torch.int64: "I64", torch.float32: "F32", torch.float16: "F16", torch.uint8: "U8"}
 
 
@@ -363,7 +401,26 @@ def save_network(network: nn.Module, file: Path, half: bool) -> None:
 
 
 # %% [markdown]
+# How simple the format is shows a file read by hand, without any library: eight bytes say how long the header is, the
+# header says in JSON what lies where, and the rest are the numbers.
+
+# %%
+with tempfile.TemporaryDirectory() as scratch:
+    save_network(nn.Linear(2, 3), Path(scratch) / "linear.safetensors", half=True)
+    raw = (Path(scratch) / "linear.safetensors").read_bytes()
+length = int.from_bytes(raw[:8], "little")
+header, numbers = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+for name, about in header.items():
+    print(f"{name:6s}", about)
+print(len(numbers), "bytes of numbers")
+assert len(numbers) == 2 * (2 * 3 + 3)
+
+
+# %% [markdown]
 # ## 4. The model
+#
+# Now the class that holds all. In `__init__` each network is made from its part of the settings; `networks` and
+# `parameter_counts` look at them; `save`, `load_network` and `from_pretrained` are the way to disk and back.
 
 # %%
 #| export
@@ -494,9 +551,33 @@ assert logits.shape == (2, len(model.alphabet), 24) and z0.shape == z_lr.shape
 assert not residual.any()  # before its training MoM adds exactly nothing
 
 # %% [markdown]
-# > **The released code, row 3.** There $z_{LR}$ is scaled in four different ways over the stages, and the joint stage
-# > feeds the frozen IDM a condition 5.5 times too small. Here nobody multiplies: `model.vae.to_latent` is the only way
-# > to a latent, with a shift and scale that were measured once and are saved in `vae.safetensors`.
+# > **The released code, row 3: one latent, four units.** There $z_{LR}$ is scaled in four different ways over the
+# > stages, and the joint stage feeds the frozen IDM a condition 5.5 times too small. Here nobody multiplies:
+# > `model.vae.to_latent` is the only way to a latent, with a shift and scale that were measured once and are saved in
+# > `vae.safetensors`.
+#
+# What does "measured" do for the sample lines of the project? The spread of the channels of a latent, as the encoder
+# says it, and as everybody gets it:
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+if has_weights("classroom"):
+    vae = DiffTSR.from_pretrained("classroom", missing_ok=True).vae
+    for kind in ("hr", "lr"):
+        files = sorted((data_folder() / "samples" / kind).glob("*.png"))
+        lines = np.stack([to_canvas(np.asarray(Image.open(f).convert("RGB")), (128, 512)) for f in files])
+        with torch.no_grad():
+            x = torch.from_numpy(lines).permute(0, 3, 1, 2) / 127.5 - 1
+            spreads = [z.transpose(0, 1).flatten(1).std(1) for z in (vae.encode(x).mode, vae.to_latent(x))]
+        said, given = (f"{s.min():.2f} to {s.max():.2f}" for s in spreads)
+        print(f"{kind}: channels spread by {said} as encoded, {given} as a latent")
+else:
+    print("no trained weights yet")
+
+# %% [markdown]
+# As encoded, one channel spreads more than seven times as much as another (0.22 and 1.66 on the sharp lines). As
+# latents all lie around one. Those of the degraded lines spread less, and they should: they are blurred, and a scale
+# measured for each picture would hide just that.
 #
 # ## 5. How large?
 #
@@ -562,9 +643,55 @@ with tempfile.TemporaryDirectory() as scratch:
 # %% [markdown]
 # ## Summary
 #
-# - One plain dataclass holds every size; presets fill it in, JSON carries it.
+# **What now exists:** `ModelConfig` with the presets `tiny`, `classroom` and `paper`, and `DiffTSR`: five networks, an
+# alphabet, and a folder on disk from which they come back.
+#
+# **What was understood:**
+#
+# - One plain dataclass holds every size; presets fill it in, JSON carries it. Ours has 18.9 million parameters in all,
+#   the published model 1,235 million.
 # - `DiffTSR` is five attributes, `vae`, `recognizer`, `idm`, `tdm`, `mom`, and the alphabet that numbers their classes.
-# - A folder of weights is settings, alphabet, glyphs and named tensors. Nothing is unpickled; nothing is guessed.
+# - A folder of weights is settings, alphabet, glyphs and named tensors. Nothing is unpickled; nothing is guessed. Half
+#   precision halves it.
+# - There is one way to a latent, and with it one unit.
+
+# %% [markdown]
+# ## Check yourself
+#
+# **1.** Why is a misspelt setting in a `config.json` an error, and not a default?
+#
+# <details><summary>Answer</summary>
+#
+# Somebody wanted something and would silently get something else. A network of another shape would show it at once, but
+# a learning rate or a schedule would not.
+#
+# </details>
+#
+# **2.** What can a pickle do that a safetensors file cannot, and why do we give it up?
+#
+# <details><summary>Answer</summary>
+#
+# Rebuild any Python object, by calling any function the sender names. That is just the danger. Weights need only names,
+# shapes, types and numbers.
+#
+# </details>
+#
+# **3.** The same weights, loaded with an alphabet in which two characters have changed places. Does any check fail?
+#
+# <details><summary>Answer</summary>
+#
+# No: all shapes are the same. The model would read and write one character for the other. That is why the alphabet
+# travels in the settings of the weights and is not taken from elsewhere.
+#
+# </details>
+#
+# **4.** How can `DiffTSR(preset("paper"))` count 1.2 billion parameters on a machine without 4.9 GB of free memory?
+#
+# <details><summary>Answer</summary>
+#
+# On the device `meta` a tensor has a shape and a type but no storage. Counting needs no numbers.
+#
+# </details>
 
 # %% [markdown]
 # ## Exercises
@@ -705,6 +832,14 @@ check({
     "shapes that only broadcast do not fit": lambda: misfits(network, whole | {"0.bias": torch.ones(1)})
     == ([], [], ["0.bias"]),
 })  # fmt: skip
+
+# %% [markdown]
+# ## References
+#
+# - Zhang et al., *Diffusion-based Blind Text Image Super-Resolution*, CVPR 2024, arXiv 2312.08886; the sizes of the
+#   published networks are those of its code, YuzheZhang-1999/DiffTSR.
+# - *Safetensors*, https://github.com/huggingface/safetensors: the format of the files.
+# - *pickle*, https://docs.python.org/3/library/pickle.html, with its warning in red.
 
 # %% [markdown]
 # ## Where to go next
