@@ -1366,9 +1366,10 @@ for power, (lost, weight) in zip(powers, walks):
 assert walks[0][0] > 0.9 and walks[0][1] < 1e-4 and walks[-1][0] < 0.1 and walks[-1][1] > 0.004
 
 # %% [markdown]
-# Without a scale nothing is learned, and nothing says so: the loss is finite, and it stays where it is. bf16 has the
-# range of float32 and needs no scale. `GradScaler` finds its number by itself: it starts at $2^{16}$, halves it
-# whenever a gradient overflows (that step is left out), and doubles it after 2,000 good steps.
+# Without a scale nothing is learned, and nothing says so: the loss is finite, and it stays where it is. At $2^4$ two in
+# a thousand gradients survive: enough for a weight that hears from three million of them, not for one that hears from
+# a few. bf16 has the range of float32 and needs no scale. `GradScaler` finds its number by itself: it starts at
+# $2^{16}$, halves it whenever a gradient overflows (that step is left out), and doubles it after 2,000 good steps.
 
 # %% [markdown]
 # ## A second optimizer sets in

@@ -203,7 +203,7 @@ for said, true in (("OPENDAILY", "OPEN DAILY"), ("台湾", "臺灣")):
 # - Y changes by $(65.481 + 128.553 + 24.966)\, e / 255 = 219\, e / 255$, so in Y it is $(219 / 255)^2 e^2$;
 # - the difference of the two PSNR is $10 \log_{10} (255 / 219)^2 = 20 \log_{10} (255 / 219) = 1.32$ dB.
 #
-# That is more than most papers gain. We report both and say which is which.
+# That is no small difference: compare it with the gains in any table of results. We report both and say which is which.
 
 # %%
 #| export
@@ -289,14 +289,14 @@ assert psnr(blur, sharp) > psnr(moved, sharp)
 # $$\mathrm{SSIM}(x, y) = \overline{\frac{(2 \mu_x \mu_y + C_1)(2 \sigma_{xy} + C_2)}
 # {(\mu_x^2 + \mu_y^2 + C_1)(\sigma_x^2 + \sigma_y^2 + C_2)}}, \quad C_1 = (.01 \cdot 255)^2,\; C_2 = (.03 \cdot 255)^2$$
 #
-# Where does it come from? Three questions, each answered by a ratio of the form $2uv/(u^2 + v^2)$, which is 1 for
-# $u = v$ and less otherwise, with a small constant against division by zero:
+# Where does it come from? Three questions. The first two are answered by a ratio of the form $2uv/(u^2 + v^2)$, which
+# is 1 for $u = v$ and less otherwise, the third by a correlation; each with a small constant against division by zero:
 #
 # $$\underbrace{\frac{2 \mu_x \mu_y + C_1}{\mu_x^2 + \mu_y^2 + C_1}}_{\text{as bright?}} \cdot
 # \underbrace{\frac{2 \sigma_x \sigma_y + C_2}{\sigma_x^2 + \sigma_y^2 + C_2}}_{\text{as much contrast?}} \cdot
 # \underbrace{\frac{\sigma_{xy} + C_3}{\sigma_x \sigma_y + C_3}}_{\text{the same pattern?}}$$
 #
-# The last is a correlation. With $C_3 = C_2 / 2$ it is $(2\sigma_{xy} + C_2) / (2\sigma_x\sigma_y + C_2)$: its
+# With $C_3 = C_2 / 2$ the last is $(2\sigma_{xy} + C_2) / (2\sigma_x\sigma_y + C_2)$: its
 # denominator is the numerator of the one before. They cancel, and the formula above is left.
 #
 # The window is a Gaussian of 11 x 11 pixels with standard deviation 1.5, and only windows that lie inside the picture
@@ -373,8 +373,8 @@ assert ssim(wrong, right) > ssim(grain, right)
 # \hat\phi = \phi / |\phi|$$
 #
 # At every place of a map the vector of its channels is scaled to length 1, so only its *direction* counts: which
-# strokes and corners are here, not how strong they are. The bar is the mean over places; $w_l \ge 0$ weighs channels. A
-# place knows its surroundings, so a stroke may move a little and still be found.
+# strokes and corners are here, not how strong they are. The bar is the mean over places of the sum over channels;
+# $w_l \ge 0$ weighs channels. A place knows its surroundings, so a stroke may move a little and still be found.
 
 # %%
 #| export
@@ -675,9 +675,9 @@ for place, (name, row) in enumerate(rows.items()):
     print(f"{name:20s} {shown[0]:>6s} {shown[1]:>7s} {shown[2]:>7s} {shown[3]:>7s}")
 
 # %% [markdown]
-# Read it by columns. LPIPS, PSNR and SSIM all choose the *wrong characters*: two strokes too many or too few are a
-# small part of the pixels. NED calls the blurred line, the one made of a sixteenth of the pixels and the negative
-# perfect, because this judge can read them. To LPIPS a constant picture is as good as a blurred line.
+# Read it by columns. LPIPS, PSNR and SSIM all choose the *wrong characters*: a few strokes more or less are a small
+# part of the pixels. NED calls the blurred line, the one of a sixteenth of the height and the negative perfect, because
+# this judge can read them. To LPIPS a constant picture is no worse than a blurred line.
 #
 # So no measure stands alone. Reading says whether the characters are right, LPIPS whether the picture looks right, PSNR
 # whether it is *this* picture.
@@ -799,7 +799,7 @@ for name, values in (("a", a), ("b", b), ("b - a", b - a)):
 # - Every measure can be fooled, each by something else: PSNR by blur (18 dB against 16 for the line moved by five
 #   pixels), SSIM by a wrong character (.96 against .44 for grain), LPIPS likewise (.023 against .330), a Fréchet
 #   distance by the wrong order (0), reading by a negative in another typeface (NED 1 at 3 dB).
-# - Conventions move a figure by more than most methods do: 1.32 dB between RGB and Y; a Fréchet distance of 27 or .3
+# - Conventions move figures without any picture changing: 1.32 dB between RGB and Y; a Fréchet distance of 27 or .3
 #   between two sets from one distribution, by their size alone.
 # - A reader that taught is no judge: after sixty steps on the pixels the teacher's NED went from .40 to 1.00, and the
 #   judges gained nothing.
