@@ -12,10 +12,11 @@
 # **What you will build.** The loop that trains every network of this project, with everything that a long run needs:
 # averaged weights, mixed precision, exact resume, many processes; and the command `python -m difftsr.train`.
 #
-# **What you will understand.** What each line of a training loop is for, why the averaged weights are the ones to keep,
-# how one loop serves a GAN and a diffusion model alike, and in which order the five networks are trained.
+# **What you will understand.** What each line of a training loop is for, and what happens when it is left out; why the
+# averaged weights are the ones to keep; how one loop serves a GAN and a diffusion model alike; in which order the five
+# networks are trained; how to read their curves, and how to go on with a run on a bigger machine.
 #
-# **What it needs.** Lesson 12e, where what a run writes is built. 1 minute and 1.5 GB of memory on two CPU cores.
+# **Needs.** Lesson 12e, where what a run writes is built. 1 minute and 1.5 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/13_training.ipynb)
@@ -125,17 +126,24 @@ from difftsr.vae import VAEStage, VAETraining
 import shutil
 
 import matplotlib.pyplot as plt
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from difftsr.model import has_weights
 from difftsr.runs import checkpoints
 
+set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
+
 # %% [markdown]
-# | symbol | in the code | meaning |
-# |---|---|---|
-# | $\theta$ | `net.parameters()` | the weights that the optimizer moves |
-# | $\bar\theta$ | `EMA.networks` | their moving average: what is saved and sampled |
-# | $d$ | `decay` | how much of the old average stays in a step |
-# | $p$ | `progress` | the fraction of the run that is done, 0 to 1 |
+# | symbol | name in code | shape, range | meaning |
+# | --- | --- | --- | --- |
+# | $\theta$ | `net.parameters()` | as the network | the weights that the optimizer moves |
+# | $\bar\theta$ | `EMA.networks` | as $\theta$ | their moving average: what is saved and sampled |
+# | $d$ | `decay` | 0 … 1, usually .999 | how much of the old average stays in a step |
+# | $p$ | `progress` | 0 … 1 | the fraction of the run that is done |
+# | $k$ | `share` | 0, 1, 2, … | the number of a share of a batch, counted through the whole run |
+# | $A, W, r$ | `accumulate`, `world`, `rank` | $r < W$ | shares a process takes for a step; processes; the number of one |
+#
+# All symbols and words of the course: [GLOSSARY.md](GLOSSARY.md).
 #
 # ## Naive first
 #
@@ -145,7 +153,7 @@ from difftsr.runs import checkpoints
 # %%
 toy_generator = torch.Generator().manual_seed(0)
 guess = nn.Parameter(torch.zeros(()))
-toy_optimizer = torch.optim.AdamW([guess], lr=0.1)
+toy_optimizer = torch.optim.SGD([guess], lr=0.2)
 naive_path = []
 for _ in range(150):
     measured = 3 + torch.randn(4, generator=toy_generator)
@@ -154,11 +162,12 @@ for _ in range(150):
     toy_optimizer.step()
     toy_optimizer.zero_grad()
     naive_path.append(guess.item())
+print(f"after 150 steps {naive_path[-1]:.2f}; the mean of the last fifty {np.mean(naive_path[-50:]):.2f}")
 assert abs(np.mean(naive_path[-50:]) - 3) < 0.2
 
 
 # %% [markdown]
-# What is missing, once a run lasts hours and has five networks?
+# Four lines, and it works. What is missing, once a run lasts hours and has five networks?
 #
 # - which network, with which loss: **the table of stages**;
 # - steps that get smaller toward the end, and small ones at the start, when the gradients are wild: **the rate**;
@@ -198,17 +207,19 @@ STAGES = {
 # %% [markdown]
 # The order matters. The IDM learns in the latent space of the VAE and under texts that the recogniser reads; the TDM
 # looks at the recogniser's features; MoM joins an IDM and a TDM that already work. `few-step` is no sixth network: it
-# goes on with the IDM, and with the decoder of the VAE (lesson 11c).
+# goes on with the IDM, and with the decoder of the VAE (lesson 11c). In the last column: whether a stage must see the
+# pictures themselves, or could learn from latents that were computed once.
 
 # %%
 for name, entry in STAGES.items():
-    print(f"{name:11s} needs {', '.join(entry.needs) or 'nothing'}")
+    print(f"{name:11s} needs {', '.join(entry.needs) or 'nothing':27s} sees {entry.seen}")
 
 
 # %% [markdown]
 # ## Settings of a run
 #
-# One dataclass; the command line is made from it, so the notebook and the terminal build the very same object.
+# One dataclass; the command line is made from it, so the notebook and the terminal build the very same object. You need
+# not read it now: each field returns where it is used, and `python -m difftsr.train --help` prints the same comments.
 
 # %%
 #| export
@@ -257,9 +268,34 @@ class TrainConfig:
 # %% [markdown]
 # ## The average of the weights
 #
-# After each step the average moves a little toward the weights: $\bar\theta \leftarrow d\,\bar\theta + (1-d)\,\theta$.
-# With $d = 0.999$ it remembers about a thousand steps. Early on that is too long a memory, so the decay grows with the
-# step. The noise of single batches averages out; what is left is better than any of the weights that went into it.
+# After each step the average moves a little toward the weights: $\bar\theta_k = d\,\bar\theta_{k-1} + (1-d)\,\theta_k$.
+# What does it remember? Put the same formula in for $\bar\theta_{k-1}$, then for $\bar\theta_{k-2}$, and so on:
+#
+# $$\bar\theta_k = (1-d)\,\theta_k + d\,(1-d)\,\theta_{k-1} + d^2\,\bar\theta_{k-2} = \dots
+# = (1-d) \sum_{j \ge 0} d^j\, \theta_{k-j}$$
+#
+# - The weights of the sum add up to 1, since $\sum_j d^j = 1/(1-d)$: it is a mean.
+# - Their mean age is $(1-d) \sum_j j\,d^j = d/(1-d)$: with $d = .999$ about a thousand steps.
+# - If every $\theta$ is the best one plus independent noise of variance $s^2$, variances add with squared factors:
+#   $(1-d)^2 \sum_j d^{2j} s^2 = (1-d)^2/(1-d^2)\, s^2 = \frac{1-d}{1+d}\, s^2$. With $d = .999$ that is a
+#   two-thousandth.
+#
+# So the noise of single batches averages out, as if the rate had been lowered, without going any slower.
+
+# %%
+d = 0.95
+ages = np.arange(2000)
+factors = (1 - d) * d**ages
+noise = np.random.default_rng(0).normal(size=(20_000, 400))
+of_noise = noise @ factors[:400]
+print(f"sum {factors.sum():.3f}, mean age {factors @ ages:.1f} = {d / (1 - d):.1f}")
+print(f"variance left {of_noise.var():.4f}, by the formula {(1 - d) / (1 + d):.4f}")
+assert abs(of_noise.var() / ((1 - d) / (1 + d)) - 1) < 0.05
+
+
+# %% [markdown]
+# Early on a memory of a thousand steps is too long: the average would be stuck at the random start. So the decay begins
+# at .1 and grows with the step.
 
 # %%
 #| export
@@ -304,6 +340,7 @@ plt.axhline(3, color="gray", linewidth=0.5)
 plt.legend()
 plt.xlabel("step")
 plt.show()
+print(f"spread of the last fifty: {np.std(naive_path[-50:]):.3f}, of their average {np.std(averaged_path[-50:]):.3f}")
 assert np.std(averaged_path[-50:]) < np.std(naive_path[-50:])
 
 
@@ -335,6 +372,33 @@ assert curve[0] < 0.05 and max(curve) > 0.98 and curve[-1] < 0.03
 
 
 # %% [markdown]
+# What the cooling down is worth: the toy once more, two hundred times with other noise, at a constant rate and with the
+# cosine. How far from 3 does it end?
+
+# %%
+def ends_off(cooling: bool, steps: int = 150, tries: int = 200) -> float:
+    """Root mean square distance to 3 at the end of the toy's run, without warm-up."""
+    generator, guess = torch.Generator().manual_seed(0), nn.Parameter(torch.zeros(tries))
+    optimizer = torch.optim.SGD([guess], lr=0.1 * tries)  # the loss is a mean over the tries
+    for step in range(steps):
+        measured = 3 + torch.randn(4, tries, generator=generator)
+        optimizer.param_groups[0]["lr"] = 0.1 * tries * (rate(step / steps, 10**6, demo_run) if cooling else 1)
+        (guess - measured).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return (guess.detach() - 3).square().mean().sqrt().item()
+
+
+# %%
+constant, cooled = ends_off(cooling=False), ends_off(cooling=True)
+print(f"constant rate {constant:.3f}, cooled down {cooled:.3f}")
+assert cooled < 0.75 * constant
+
+# %% [markdown]
+# Large steps travel fast and cannot stand still; small ones stand still and cannot travel. A schedule has both, one
+# after the other.
+
+# %% [markdown]
 # ## Many processes
 #
 # With `accelerate launch`, each process has its own batch, and the gradients are averaged before the step: then all of
@@ -343,9 +407,21 @@ assert curve[0] < 0.05 and max(curve) > 0.98 and curve[-1] < 0.03
 #
 # Two processes must take the same step as one that does the work of both. So a step is cut into *shares*, numbered
 # through the whole run: share $k$ takes the $k$-th slice of the data, and its noise comes from a generator that is set
-# from the seed and $k$ alone. One process with `--accumulate 2` takes shares 0 and 1 one after the other, two
-# processes side by side; either way the same gradients are averaged. (A loss that averages over something other than
-# lines, like the recogniser's over characters, is averaged share by share.) Resuming needs no more than $k$.
+# from the seed and $k$ alone. One process with `--accumulate 2` takes shares 0 and 1 one after the other, two processes
+# side by side; either way the same gradients are averaged. (A loss that averages over something other than lines, like
+# the recogniser's over characters, is averaged share by share.) In step $n$, at its turn $a$, process $r$ of $W$ takes
+# share
+#
+# $$k = (n A + a)\, W + r.$$
+#
+# Resuming needs no more than $k$. On three machines, step 5 of a run whose steps have four shares:
+
+# %%
+for accumulate, world in ((4, 1), (2, 2), (1, 4)):
+    taken = [[(5 * accumulate + a) * world + r for a in range(accumulate)] for r in range(world)]
+    print(f"{world} process{'es' if world > 1 else '  '} x {accumulate} shares: {taken}")
+    assert sorted(sum(taken, [])) == [20, 21, 22, 23]
+
 
 # %%
 #| export
@@ -353,6 +429,35 @@ def share_seed(seed: int, share: int) -> int:
     """The seed of one share's generator: well mixed, and a function of the run's seed and of the share alone."""
     return int(np.random.SeedSequence([seed, share]).generate_state(1)[0])
 
+
+# %% [markdown]
+# > **The released code, row 13: no seed.** It draws from the global generators of Python, numpy and torch and sets none
+# > of them, so no result can be repeated. But a seed at the top of a script is not enough either: what a share draws
+# > would then depend on how much was drawn before it. Here it depends on the run's seed and the share's number alone.
+#
+# Share 7, reached in a run from the start, and in a run that was resumed just before it:
+
+# %%
+def noise_of_share(last: int, first: int, by_share: bool) -> torch.Tensor:
+    """The noise of share `last` in a run that begins, or goes on, at share `first`."""
+    generator = torch.Generator().manual_seed(0)  # the seed at the top
+    for share in range(first, last + 1):
+        if by_share:
+            generator.manual_seed(share_seed(0, share))
+        noise = torch.randn(2, generator=generator)
+    return noise
+
+
+for by_share in (False, True):
+    through, resumed = (noise_of_share(7, first, by_share) for first in (0, 7))
+    print(f"seed of {'each share' if by_share else 'the run   '}: the same noise after resuming? "
+          f"{torch.equal(through, resumed)}")  # fmt: skip
+assert torch.equal(through, resumed)
+
+
+# %% [markdown]
+# What is left is to average. One long vector instead of hundreds of small ones, because every exchange between
+# processes has its price:
 
 # %%
 #| export
@@ -371,7 +476,12 @@ def reduce_gradients(accelerator: Accelerator, parameters: list[nn.Parameter]) -
 # ## Latents computed once
 #
 # The IDM, the TDM and MoM look at lines only through frozen networks. Where a line is fixed, so is what these say of
-# it; `--cache N` asks them once for N lines and then trains on the answers.
+# it; `--cache N` asks them once for N lines and then trains on the answers. The price is variety: N lines, each damaged
+# once, instead of new ones without end. So N should be in the ten thousands, and the held-out loss must be watched.
+#
+# One danger is silent: latents that were made by *other* weights fit in shape and are wrong. Beside the arrays
+# therefore lies a note of what they were made from, with a hash of every weight; a cache that does not match is made
+# anew.
 
 # %%
 #| export
@@ -471,6 +581,11 @@ def latent_batches(
 
 # %% [markdown]
 # ## Where the weights come from
+#
+# A stage needs frozen networks with weights, and a trained network to begin with. For each frozen one the first of
+# these places that has it is taken: the run's own folder (earlier stages wrote there), the weights of `--init`, those
+# that come with the project. The trained one starts at random, or from `--init`. A network that has no weights anywhere
+# is an error *before* the first step, not a random network that everything else is then built upon.
 
 # %%
 #| export
@@ -555,6 +670,11 @@ def starting_config(config: TrainConfig, stage: str, sources: list[Path]):
     return chosen
 
 
+# %% [markdown]
+# Every stage has settings of its own (weights of losses, lines a share, ...), in a dataclass of its lesson.
+# `--overrides NAME VALUE` reaches all of them. A word from the command line has to become a value of the right type,
+# and a name that nobody knows has to be an error: a misspelt option that is silently ignored costs a night.
+
 # %%
 #| export
 def stage_settings(config: TrainConfig, stage: str):
@@ -594,26 +714,48 @@ def as_setting(name: str, value: float | str, hint):
         raise ValueError(f"{name} cannot be {value}: it is {getattr(hint, '__name__', hint)}") from None
 
 
+# %%
+print(stage_settings(TrainConfig(overrides={"text_weight": "0.5"}), "mom"))
+try:
+    stage_settings(TrainConfig(overrides={"text_wieght": "0.5"}), "mom")
+except ValueError as error:
+    print(str(error)[:48], "...")
+
+
 # %% [markdown]
 # ## The loop
 #
-# Read `Trainer.take_step` and `take_share` with the list above beside them: they are the naive loop, and every line
-# that it did not have is one of these.
+# The class below is long, because a run has many ends: data, resuming, telling, saving. Read three of its methods
+# first. `take_share` and `take_step` are the naive loop, and every line that it did not have stands in this table;
+# `fit` goes around them. The rest you can look up when you need it.
 #
 # | line | what it is for | without it |
-# |---|---|---|
+# | --- | --- | --- |
+# | in `take_step` | | |
 # | `stage.step, stage.progress` | a GAN or an OCR loss that sets in late | all losses at once, from noise |
-# | `rate(...)` | small steps while Adam knows no gradient, and at the end | spikes early, noise in the weights late |
-# | `set_generators(share_seed(...))` | the noise of a share depends on nothing but its number | no run can be repeated |
-# | `next(self.batches)` | the next lines; the time spent waiting here is counted | |
-# | `autocast()` | products in 16 bits where that is enough | twice the memory, on GPUs half the speed |
-# | `check(loss)` | stop before a NaN is in the weights, and keep the batch | a night of training on NaN |
-# | `scaler.scale(...)`, `unscale_`, `update` | fp16 ends at 6e-8: losses are multiplied, gradients divided | zeros, see below |
+# | `group["lr"] = base * rate(...)` | small steps while Adam knows no gradient, and at the end | it ends further off, see above |
+# | `for turn in range(accumulate)` | a large batch in parts that fit into memory | only as many lines as memory holds |
 # | `reduce_gradients` | all processes take one and the same step | weights that drift apart |
+# | `scaler.unscale_` | divides the gradients of fp16 by the scale, before they are measured | the clip cuts everything |
 # | `clip_grad_norm_` | one wild batch moves the weights no further than others | a jump, see below |
-# | `zero_grad` | gradients add up until somebody clears them | every step repeats all earlier ones |
+# | `check(norm, ...)` | stop before a NaN is in the weights | a night of training on NaN |
+# | `scaler.step` | the optimizer's step, left out where fp16 overflowed | infinities in the weights |
+# | `zero_grad` | gradients add up until somebody clears them | every step repeats all earlier ones, see below |
+# | `scaler.update` | finds the largest scale that does not overflow | zeros, or steps left out |
 # | `ema.update` | the average of the last thousand weights | noisier weights, see below |
-# | `step_done` | what a stage learns about its own sampling, from all processes | processes that disagree |
+# | `stage.step_done` | what a stage learns about its own sampling, from all processes | processes that disagree |
+# | `self.step += 1` | the one clock of data, rate, seeds and checkpoints | |
+# | in `take_share` | | |
+# | `set_generators(share_seed(...))` | the noise of a share depends on nothing but its number | no run can be repeated, see above |
+# | `next(self.batches)`, `to_device` | the next lines, where they are needed; the time spent waiting is counted | |
+# | `autocast()` | products in 16 bits where that is enough | twice the memory, on GPUs half the speed |
+# | `for loss, name, logs in losses` | one loss for each optimizer: a GAN has two | a loop for every kind of network |
+# | `check(loss, ...)` | as above, and the batch is kept for inspection | nobody finds the bad file |
+# | `scaler.scale(loss / accumulate)` | a mean over shares is the mean of the batch; fp16 ends at 6e-8 | too long a step; zeros, see below |
+# | `average(self.shown, ...)` | a running mean for the bar and the history (lesson 12e) | the loss of one batch, which says little |
+#
+# The order matters in two places: unscale, *then* clip (else the limit is compared with a number 65,536 times too
+# large), and check *before* the step.
 #
 # `fit` is what goes on around the steps: when to stop, what to tell, when to save. A trainer can be walked by hand in a
 # notebook, step by step; that is what we do with it below.
@@ -1050,7 +1192,8 @@ def describe(trainer: Trainer) -> str:
 # ## A run, killed and resumed
 #
 # The tiny preset, digits and capitals, the recogniser: a few seconds. The first run goes through. The second is what a
-# power cut after step 16 leaves, and goes on with `--resume`. Both end with the same weights, bit for bit.
+# power cut after step 16 leaves, and goes on with `--resume`. A checkpoint holds weights, averages, Adam's moments, the
+# scaler and the step; the data and the noise follow from the step. If anything were missing, the two runs would part.
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -1077,11 +1220,11 @@ print(f"{len(first)} tensors, all equal to the last bit")
 # %% [markdown]
 # ## Leave something out
 #
-# Three lines of the loop, left out one after the other. Each experiment walks a tiny trainer by hand, some seconds
-# long.
+# Lines of the loop, left out one after the other: in a tiny trainer that is walked by hand, and in the toy of the
+# beginning, where one can see what goes wrong. Some seconds each.
 #
-# **No average.** The recogniser of the tiny preset at a constant rate. `validate` reads lines that were not trained on,
-# always the same ones; once with the weights as they are, once inside `averaged()`.
+# **No average.** The recogniser of the tiny preset at a constant rate, five times its usual one. `validate` reads lines
+# that were not trained on, always the same ones; once with the weights as they are, once inside `averaged()`.
 
 # %%
 def tiny_run(stage, name, **options):
@@ -1092,39 +1235,74 @@ def tiny_run(stage, name, **options):
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-walked, raw, mean = Trainer(tiny_run("recognizer", "ema", ema=0.9, validation="synthetic"), "recognizer"), [], []
-for number in range(48):
+options = dict(ema=0.95, learning_rate=5e-3, validation="synthetic")
+walked, raw, mean = Trainer(tiny_run("recognizer", "ema", **options), "recognizer"), [], []
+for number in range(81):
     walked.take_step()
-    if number >= 24 and number % 3 == 0:
+    if number >= 45 and number % 3 == 0:
         with torch.no_grad():
-            raw.append(walked.validate()["loss"])
+            raw.append(walked.validate(2)["loss"])
             with walked.averaged():
-                mean.append(walked.validate()["loss"])
+                mean.append(walked.validate(2)["loss"])
 
 # %%
+# NBVAL_IGNORE_OUTPUT
 plt.figure(figsize=(4, 1.5))
-plt.plot(range(24, 48, 3), raw, label="weights")
-plt.plot(range(24, 48, 3), mean, label="their average")
+plt.plot(range(45, 81, 3), raw, label="weights")
+plt.plot(range(45, 81, 3), mean, label="their average")
 plt.legend()
 plt.xlabel("step")
 plt.ylabel("held-out loss")
 plt.show()
-assert np.abs(np.diff(mean)).mean() < np.abs(np.diff(raw)).mean()
+jumps = {name: np.abs(np.diff(path)).mean() for name, path in (("weights", raw), ("their average", mean))}
+for name, path in (("weights", raw), ("their average", mean)):
+    print(f"{name:13s} mean change from look to look {jumps[name]:.2f}, mean loss {np.mean(path):.2f}")
+assert jumps["their average"] < 0.6 * jumps["weights"]
 
 
 # %% [markdown]
-# The weights jump from look to look; their average goes down calmly. It costs one pass over the weights a step.
+# The loss of the weights jumps from look to look; that of their average goes down calmly, and lies lower. Whoever stops
+# at a moment of their own choosing is lucky or unlucky with the weights, and neither with the average. It costs one
+# pass over the weights a step.
 #
-# **No clipping.** The number of the beginning again, and one batch whose measurements are a thousand times too large,
-# as a file with a broken header may be. The loss of that batch is huge either way. What matters is where the weight is
-# after it.
+# **Nobody clears the gradients.** The toy without `zero_grad`: every step repeats all earlier ones.
 
 # %%
-def path_of(clip, steps=150, bad=75):
-    """Where the guess stands after each step of SGD, one batch being a thousand times too large."""
+def toy_path(clear: bool, steps: int = 60) -> list[float]:
+    """Where the guess stands after each step of SGD."""
+    generator, guess, path = torch.Generator().manual_seed(0), nn.Parameter(torch.zeros(())), []
+    optimizer = torch.optim.SGD([guess], lr=0.05)
+    for _ in range(steps):
+        (guess - 3 - torch.randn(4, generator=generator)).square().mean().backward()
+        optimizer.step()
+        if clear:
+            optimizer.zero_grad()
+        path.append(guess.item())
+    return path
+
+
+# %%
+for clear in (True, False):
+    path = toy_path(clear)
+    name = "cleared" if clear else "not cleared"
+    print(f"{name}: in the last forty steps between {min(path[20:]):.1f} and {max(path[20:]):.1f}")
+assert np.ptp(toy_path(True)[20:]) < 1 < 3 < np.ptp(toy_path(False)[20:])
+
+
+# %% [markdown]
+# It swings around 3 without end, like a weight on a spring: the sum of old gradients is a momentum that nothing brakes.
+# The loss falls at first, which is why this fault can live long.
+#
+# **No clipping.** The toy, and one batch whose measurements are a thousand times too large, as a file with a broken
+# header may be. The loss of that batch is huge either way. What matters is where the weight is after it, once with
+# plain SGD and once with Adam.
+
+# %%
+def path_of(kind: type, lr: float, clip: float, steps: int = 300, bad: int = 75) -> list[float]:
+    """Where the guess stands after each step of an optimizer, one batch being a thousand times too large."""
     generator = torch.Generator().manual_seed(0)
     guess, path = nn.Parameter(torch.zeros(())), []
-    optimizer = torch.optim.SGD([guess], lr=0.05)
+    optimizer = kind([guess], lr=lr)
     for step in range(steps):
         measured = (3 + torch.randn(4, generator=generator)) * (1000 if step == bad else 1)
         (guess - measured).square().mean().backward()
@@ -1136,47 +1314,62 @@ def path_of(clip, steps=150, bad=75):
 
 
 # %%
-paths = {"clipped": path_of(1.0), "not clipped": path_of(math.inf)}
-plt.figure(figsize=(4, 1.5))
-for name, path in paths.items():
-    plt.plot(path, label=name)
-plt.yscale("symlog")
-plt.legend()
-plt.xlabel("step")
+kinds = {"SGD": (torch.optim.SGD, 0.05), "Adam": (torch.optim.Adam, 0.02)}
+paths = {name: [path_of(*kind, clip) for clip in (1.0, math.inf)] for name, kind in kinds.items()}
+figure, panels = plt.subplots(1, 2, figsize=(7, 1.7), layout="constrained")
+for panel, (name, both) in zip(panels, paths.items()):
+    for path, label in zip(both, ("clipped", "not clipped")):
+        panel.plot(path, label=label)
+    panel.set(title=name, xlabel="step", ylabel="guess", yscale="symlog" if name == "SGD" else "linear")
+panels[0].legend(fontsize=7)
 plt.show()
-assert abs(paths["clipped"][-50] - 3) < 1 < abs(paths["not clipped"][80] - 3)
+for name, both in paths.items():
+    clipped, free = ([f"{path[k]:7.2f}" for k in (74, 80, 299)] for path in both)
+    print(f"{name:5s} before, soon after, at the end: clipped{' '.join(clipped)}; not clipped {' '.join(free)}")
+assert abs(paths["SGD"][0][-1] - 3) < 1 < abs(paths["SGD"][1][80] - 3)
+assert abs(paths["Adam"][0][-1] - 3) < 0.5 < abs(paths["Adam"][1][-1] - 3)
 
 
 # %% [markdown]
-# With plain SGD, as here, one batch throws the weights far away. Adam divides by the length of past gradients, which
-# hides the blow and has its own ailment: for a thousand steps after it, every step is far too short.
+# With plain SGD one batch throws the weight to where it takes long to come back from. Adam divides by the length of
+# past gradients, so the blow is small. But that length is now remembered: for a thousand steps ($1/(1 - \beta_2)$)
+# every step is divided by it, and the guess stands still where it happens to be. The loss curve looks calm. Clipped,
+# both arrive.
 #
-# **fp16 without scaling.** Half precision has nothing below $6 \cdot 10^{-8}$, and the mean over all numbers of 16 lines
-# gives each of them a gradient smaller than that. So the loss is multiplied by a large number before the gradients are
-# taken, and they are divided by it after. How many are exactly zero, by the size of that number?
+# **fp16 without scaling.** Half precision has nothing below $6 \cdot 10^{-8}$, and the mean over all numbers of 16
+# lines gives each of them a gradient smaller than that. So the loss is multiplied by a large number before the
+# gradients are taken, and they are divided by it after. One weight is to learn to multiply 16 pictures by .005; the
+# product is computed in half precision, as `autocast` would. What share of the gradients is exactly zero, and where is
+# the weight after ten steps, by the size of that number?
 
 # %%
-def zeros(scale):
-    """Share of the gradients at 16 lines in float16 that are zero when a squared error is scaled so."""
-    picture = (0.02 * torch.randn(16, 3, 128, 512, generator=torch.Generator().manual_seed(0))).half().requires_grad_()
-    (scale * picture.float().square().mean()).backward()
-    return (picture.grad == 0).float().mean().item()
+def ten_steps(scale: float) -> tuple[float, float]:
+    """Share of zero gradients at 16 lines in float16, and the weight after ten steps (.005 is right)."""
+    x = torch.randn(16, 3, 128, 512, generator=torch.Generator().manual_seed(0))
+    weight = torch.zeros((), requires_grad=True)
+    for _ in range(10):
+        product = (weight * x).half()
+        product.retain_grad()
+        (scale * (product.float() - 0.005 * x).square().mean()).backward()
+        with torch.no_grad():
+            weight -= 0.2 * weight.grad / scale
+        weight.grad = None
+    return (product.grad == 0).float().mean().item(), weight.item()
 
 
 # %%
-powers = range(0, 17, 2)
-lost = [100 * zeros(2.0**power) for power in powers]
-plt.figure(figsize=(4, 1.5))
-plt.plot(powers, lost, "o-", markersize=3)
-plt.xlabel("log2 of the scale")
-plt.ylabel("% zero")
-plt.show()
-assert lost[0] > 90 > 1 > lost[-1]
+powers = range(0, 17, 4)
+walks = [ten_steps(2.0**power) for power in powers]
+print("scale   zero gradients   weight")
+for power, (lost, weight) in zip(powers, walks):
+    print(f"2^{power:<5d} {lost:13.1%}   {weight:.5f}")
+assert walks[0][0] > 0.9 and walks[0][1] < 1e-4 and walks[-1][0] < 0.1 and walks[-1][1] > 0.004
 
 # %% [markdown]
-# Without a scale nearly nothing is learned, and nothing says so: the loss is finite, and it stays where it is. bf16 has
-# the range of float32 and needs no scale. `GradScaler` finds its number by itself: it starts at $2^{16}$, halves it
-# whenever a gradient overflows (that step is left out), and doubles it after 2,000 good steps.
+# Without a scale nothing is learned, and nothing says so: the loss is finite, and it stays where it is. At $2^4$ two in
+# a thousand gradients survive: enough for a weight that hears from three million of them, not for one that hears from
+# a few. bf16 has the range of float32 and needs no scale. `GradScaler` finds its number by itself: it starts at
+# $2^{16}$, halves it whenever a gradient overflows (that step is left out), and doubles it after 2,000 good steps.
 
 # %% [markdown]
 # ## A second optimizer sets in
@@ -1209,47 +1402,126 @@ assert all(("d_weight" in row) == (step >= 8) for step, row in enumerate(told))
 # ## How to read the curves
 #
 # The weights that come with the project bring the history of their training, `run.json`;
-# `python -m difftsr.train --report RUN` draws any.
-#
+# `python -m difftsr.train --report RUN` draws any. Four panels of it that say different things:
+
+# %%
+card_file = Path("../data/weights/classroom/run.json")
+card = json.loads((card_file if card_file.exists() else through.output / "run.json").read_text())["stages"]
+wanted = [("recognizer", "loss"), ("recognizer", "norm"), ("idm", "loss gain_first"),
+          ("tdm, second edition", "accuracy_high_t accuracy_reader")]  # fmt: skip
+figure, panels = plt.subplots(1, len(wanted), figsize=(11, 2), layout="constrained")
+for panel, (stage, names) in zip(panels, wanted):
+    history, lines = card.get(stage, {}).get("history", {}), []
+    for number, name in enumerate(names.split()):
+        axis = panel.twinx() if number and stage == "idm" else panel  # a scale of its own
+        axis.tick_params(labelsize=7)
+        if name in history:
+            values = np.array(history[name], dtype=float)
+            style = dict(color=f"C{number}", label=name, linewidth=0.8, markersize=3)
+            lines += axis.plot(history["step"], values, ".-", **style)
+    panel.set_title(stage, fontsize=8)
+    panel.margins(y=0.4)
+    panel.legend(handles=lines, fontsize=6, loc="upper left")
+plt.show()
+
+
+# %% [markdown]
+# From left to right: a loss that first *rises*, as the run gets to see harder lines and the warm-up ends, and then
+# falls for a thousand steps. The length of the gradient, which rises with it to about 25 and sinks to 5. A diffusion's
+# loss that seems to go nowhere, .50 to .45 and noisy, while the gain of one step grows steadily: who watched only the
+# loss would have stopped the run. And a text diffusion whose accuracy at high noise climbs to that of the reading that
+# it starts from, and stays there.
 # - **The loss falls, then creeps**: as it should. In diffusion most of it is noise that nobody can predict: look at
-#   `gain_db` (how much closer to the truth one step comes than the input is), and at the sheets.
-# - **The held-out loss turns up** while the other falls: the run has learned its lines by heart. More lines, or
-#   `--result best`.
+#   `gain_db` (how much closer to the truth one step comes than the input is; the first edition's `gain_first` is its
+#   ancestor), and at the sheets.
 # - **The gradient norm** should sink or stay. Spikes that clipping catches are harmless; a norm that climbs for a
 #   hundred steps announces a NaN: lower the rate.
+# - **An accuracy** needs something to be compared with. The text diffusion's, at high noise, should come to lie above
+#   that of the reading it starts from (`accuracy_reader`); below it, the text is better left alone.
 # - **`waiting`** is the share of the time in which the step had no data. Over a few percent, raise `--workers`, or
 #   render the lines first (`python -m difftsr.dataset --pool`), or `--cache` their latents.
 # - **`scale`** (fp16) halves at an overflow and doubles when there was none for 2,000 steps. A scale that falls to 1
 #   says that fp16 does not suit this network.
+# - **The held-out loss turns up** while the other falls: the run has learned its lines by heart. More lines, or
+#   `--result best`. A network with room for it and too few examples does so within seconds:
 
 # %%
-card_file = Path("../data/weights/classroom/run.json")
-card = json.loads((card_file if card_file.exists() else through.output / "run.json").read_text())
-print("the committed weights" if card_file.exists() else "the tiny run above")
-figure, panels = plt.subplots(-(-len(card["stages"]) // 5), 5, figsize=(11, 4.8), squeeze=False)
-for panel, (name, of_stage) in zip(panels.flat, card["stages"].items()):
-    panel.plot(of_stage["history"]["step"], of_stage["history"]["loss"])
-    panel.set_title(f"{name}, {of_stage['minutes']:.0f} min", fontsize=7)
-for panel in panels.flat[len(card["stages"]) :]:
-    panel.set_visible(False)
-figure.tight_layout()
+def by_heart(points: int, steps: int = 1500) -> tuple[list[float], list[float]]:
+    """A small network learns a noisy sine from so many points: losses on them and on 200 others, every ten steps."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(points + 200, 1, generator=generator) * 6
+    y = x.sin() + 0.3 * torch.randn(len(x), 1, generator=generator)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(1, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+    optimizer, seen, unseen = torch.optim.Adam(network.parameters(), 5e-3), [], []
+    for step in range(steps):
+        error = (network(x) - y).square()
+        if step % 10 == 0:
+            seen.append(error[:points].mean().item())
+            unseen.append(error[points:].mean().item())
+        error[:points].mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen, unseen
+
+
+# %%
+figure, panels = plt.subplots(1, 2, figsize=(7, 1.7), layout="constrained", sharey=True)
+for panel, points in zip(panels, (16, 400)):
+    seen, unseen = by_heart(points)
+    for curve, name in ((seen, "trained on"), (unseen, "held out")):
+        panel.plot(range(0, 1500, 10), curve, label=name)
+    panel.set(title=f"{points} points", xlabel="step", yscale="log")
+    print(f"{points:3d} points: trained on {seen[-1]:.3f}; held out {unseen[-1]:.3f}, at its best {min(unseen):.3f}")
+panels[1].legend(fontsize=7)
 plt.show()
 
 # %% [markdown]
+# Sixteen points: the loss on them falls to .025, far below the noise of the data (its variance is .09), so the noise
+# itself was learned. On points that it never saw the loss turns at .140 and ends at .223. With 400 points both curves
+# come to rest near the noise, and nothing turns up.
+#
 # ## What it costs
 #
-# Measured with `python tests/bench_train.py overhead` on one core (AMD EPYC, one thread; data/benchmarks/train.json), the
-# classroom preset, this loop and a plain one in turns on the same batches: the median ratio of a step's time is 0.92 for
-# the IDM (16 lines, 3.5 s) and 0.98 for the TDM (64 lines, 3.0 s). Processes, checks, generators and averages (8 ms a
-# step for the IDM) are lost in the noise of the machine.
+# Lines a second with everything around them, and the largest memory of the process, for every stage of a preset as far
+# as it was measured: `python tests/bench_train.py stages --preset NAME` measures your machine. The paper's networks
+# were taken one line at a time, for one step, with gradient checkpointing (lesson 15 has more of them).
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+measured = {name: json.loads(Path(f"../data/benchmarks/{name}.json").read_text()) for name in ("train", "official")}
+costs = {f"{of}: {stage}": row for of, stages in measured["train"]["stages"].items() for stage, row in stages.items()}
+for stage in STAGES:
+    if row := measured["official"].get(f"train_{stage}"):
+        row = {"batch_size": 1, "lines_per_second": 1 / row["seconds_step"], "peak_gb": row["peak_gb"]}
+        costs[f"paper: {stage}"] = row
+print(f"{measured['train']['machine']}, shared with other work")
+print(f"{'preset: stage':24s} {'lines a step':>12s} {'lines a second':>15s} {'waiting':>8s} {'peak memory':>12s}")
+for name, row in costs.items():
+    waiting = f"{row['waiting']:.0%}" if "waiting" in row else ""
+    print(f"{name:24s} {row['batch_size']:12d} {row['lines_per_second']:15.3g} {waiting:>8s} {row['peak_gb']:9.2f} GB")
+
+# %% [markdown]
+# Read two things off it. Where "waiting" is large, the machine renders and degrades lines while the network has nothing
+# to do: `--workers` takes that out of the way. And "idm, cached" against "idm" is what the two passes of the VAE's
+# encoder and the reader cost in every step, which `--cache N` pays once.
 #
-# A profile of one IDM step (`bench_train.py profile`) says why: 30 % is the backward pass of convolutions, 26 % their
-# forward pass, 13 % matrix products, and nothing else reaches 4 %. All of it is the networks' own work, so there is
-# nothing to win in the loop; what can be saved is work that need not be done again: `--cache N` encodes N lines once
-# and spares the two passes of the VAE's encoder and the reader in every step (`bench_train.py stages`, on a shared
-# machine: 4.9 lines a second instead of 2.3), `--workers` takes rendering and
-# degrading out of the way, and pictures lie in memory channels last. Steps of the paper's networks, one line each,
-# are in data/benchmarks/official.json.
+# And the loop itself? `bench_train.py overhead` runs it and a plain loop in turns on the same batches, and `profile`
+# says which operators one IDM step is made of:
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+for stage, row in measured["train"].get("overhead", {}).items():
+    print(f"{stage}: {row['ratio']:.2f} of a plain step's time; of it for the averages {row['seconds_ema']:.3f} s")
+profile = {name: value for name, value in measured["train"].get("profile", {}).items() if name != "seconds"}
+for name, percent in list(profile.items())[:4]:
+    print(f"{percent:5.1f} %  {name.removeprefix('aten::')}")
+
+# %% [markdown]
+# A ratio near 1, to one side or the other, is the noise of the machine: processes, checks, generators and averages do
+# not show. The time is the networks' own work, convolutions and matrix products, so there is nothing to win in the
+# loop; what can be saved is work that need not be done again.
 
 # %%
 shutil.rmtree(folder)
@@ -1310,8 +1582,8 @@ if __name__ == "__main__" and "__file__" in globals():
 # ## On a bigger machine
 #
 # The same command, more of everything. A run folder can be copied to another machine as it is and goes on there with
-# `--resume`; what was one process may be four there, but then give each a quarter of the lines or a quarter of
-# `--accumulate`, so that a step is made of the same shares:
+# `--resume`. What was one process may be four there: a quarter of `--accumulate` each, and a step is made of the very
+# same shares (the table of section "Many processes").
 #
 # ```bash
 # python -m difftsr.train --stage idm --batch-size 16 --accumulate 4 --steps 40000              # a laptop, one process
@@ -1320,21 +1592,63 @@ if __name__ == "__main__" and "__file__" in globals():
 #     --num_processes 8 -m difftsr.train --stage idm --batch-size 16 --steps 40000 --resume     # on each of two nodes
 # ```
 #
-# Then, in this order: `--mixed_precision bf16` (any GPU since 2020; `fp16` on older ones), `--workers 8` until
-# "waiting" in `run.json` is near 0, a larger `--batch-size` with a learning rate that grows as its square root, and
-# `--compile` for runs of hours. In a notebook, `launch(TrainConfig(...), processes=4)` in a fresh kernel.
+# Then, in this order, one at a time, and each time a look at `lines_per_second` and `waiting` in `run.json`:
 #
+# 1. `--mixed-precision bf16` on any GPU since 2020; `fp16` on older ones. The loss curve must not change.
+# 2. `--workers 8`, until "waiting" is near 0.
+# 3. A larger `--batch-size` until the memory is full, with a `--learning-rate` that grows as the square root of it: the
+#    noise of a mean over four times as many lines is half as large.
+# 4. `--compile` for runs of hours: minutes of waiting, then faster steps.
+# 5. More processes. In a notebook, `launch(TrainConfig(...), processes=4)` in a fresh kernel.
+#
+# With `--minutes` the rate follows the clock, so a run that is given a faster machine simply gets further.
+
+# %% [markdown]
 # ## Summary
 #
 # - A stage yields losses; one loop takes the steps. Rate, clipping, averages, checkpoints and processes stand in it
 #   once.
-# - The averaged weights are what is sampled and saved.
-# - A run that was stopped goes on as if it had not been: on a CPU with `--steps`, bit for bit.
+# - The average of the weights leaves $(1-d)/(1+d)$ of the variance of independent noise: .0256 at $d = .95$, and .0252
+#   measured. It is what is sampled and saved.
+# - Cooling down: the toy ends .060 away from the truth instead of .167.
+# - Left out: without `zero_grad` the guess swings between 1.3 and 4.7; without the clip one bad batch throws SGD to 169
+#   and stops Adam at 1.59 for good; without a scale every gradient of fp16 is zero and the weight stays at 0.
+# - A share's number decides its lines and its noise. So a run that was stopped goes on as if it had not been (on a CPU
+#   with `--steps` bit for bit), and one process, two or four take the same shares.
+
+# %% [markdown]
+# ## Check yourself
+#
+# 1. Why is the gradient clipped after `unscale_` and not before?
+# 2. Two processes start with the same weights. What keeps them the same for a million steps, and what would part them?
+# 3. With $d = .999$, after how many steps does the average no longer care how the weights were initialised? Why does
+#    this project not wait so long?
+# 4. A loss curve is calm and flat from one moment on. Name two reasons from this lesson that are no convergence.
+# 5. A run was made with `--batch-size 16 --accumulate 4` on one process. Which options give the same steps on two?
+# 6. Why does `validate` set the random numbers anew before every batch?
+#
+# <details><summary>Answers</summary>
+#
+# 1. Before, the gradients are still multiplied by the scale: nearly every one would be longer than the limit and be cut
+#    to it, whatever its true length.
+# 2. The same seed at the start, and the same averaged gradient in every step (`reduce_gradients`). Leaving at different
+#    steps would part them, hence `agreed`; so would a decision that each takes by its own clock or its own random
+#    numbers.
+# 3. The start's factor is $d^k$: after 1,000 steps still 37 %, after 5,000 under 1 %. The decay therefore begins small:
+#    $(1 + k)/(10 + k)$.
+# 4. fp16 without a scale: all gradients are zero. Adam after one enormous gradient: all steps are tiny. (A rate that
+#    the schedule has brought to its end is a third.)
+# 5. `--batch-size 16 --accumulate 2` in two processes: again four shares of 16 lines, with the same numbers.
+# 6. The loss of a diffusion depends on which $t$ and which noise were drawn, by more than training changes it in an
+#    hour. With the same draws only the weights differ.
+#
+# </details>
 
 # %% [markdown]
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/13_training.ipynb](../exercises/13_training.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+# The same tasks without solutions: [exercises/13_training.ipynb](../exercises/13_training.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
 import copy
@@ -1349,11 +1663,14 @@ from difftsr.exercises import check, near
 # %% [markdown]
 # ### 1 · An average that is not stuck · ●○○ easy
 #
-# The averaged weights start as a copy of the first ones. With a decay of .999 they would remember that start for thousands of steps; so in step $k = 0, 1, \dots$ the decay is $\min(.999, (1 + k) / (10 + k))$. Follow one weight through training.
+# The averaged weights start as a copy of the first ones. With a decay of .999 they would remember that start for
+# thousands of steps; so in step $k = 0, 1, \dots$ the decay is $\min(.999, (1 + k) / (10 + k))$. Follow one weight
+# through training.
 #
 # <details><summary>Hint</summary>
 #
-# `average = decay * average + (1 - decay) * value`. The first average is the first value; the loop may begin with it too.
+# `average = decay * average + (1 - decay) * value`. The first average is the first value; the loop may begin with it
+# too.
 #
 # </details>
 
@@ -1385,7 +1702,9 @@ check({
 # %% [markdown]
 # ### 2 · Four shares, one step · ●●○ medium
 #
-# Sixteen lines do not fit into memory, so four shares of four are taken and their gradients accumulated. A colleague calls `backward` on the mean loss of every share, and finds that training diverges at the old learning rate. Make the accumulated gradient equal that of the whole batch, also if the last share is smaller.
+# Sixteen lines do not fit into memory, so four shares of four are taken and their gradients accumulated. A colleague
+# calls `backward` on the mean loss of every share, and finds that training diverges at the old learning rate. Make the
+# accumulated gradient equal that of the whole batch, also if the last share is smaller.
 #
 # <details><summary>Hint</summary>
 #
@@ -1423,7 +1742,8 @@ check({
 # %% [markdown]
 # ### 3 · Warm up, cool down · ●●○ medium
 #
-# Write the factor on the learning rate: it grows linearly over the first `warmup` steps, $(k + 1) / \text{warmup}$ up to 1, and is multiplied by a cosine that falls from 1 at the start of the run to .02 at its end.
+# Write the factor on the learning rate: it grows linearly over the first `warmup` steps, $(k + 1) / \text{warmup}$ up
+# to 1, and is multiplied by a cosine that falls from 1 at the start of the run to .02 at its end.
 #
 # <details><summary>Hint</summary>
 #
@@ -1453,11 +1773,14 @@ check({
 # %% [markdown]
 # ### 4 · Killed and resumed · ●●● hard
 #
-# Here is a run of three parts: weights, Adam, and a generator that draws the data. A colleague saves the weights alone. The resumed run trains, and its losses look fine; but it is another run. Find out what else has to be kept, so that after resuming every number is the same, bit for bit.
+# Here is a run of three parts: weights, Adam, and a generator that draws the data. A colleague saves the weights alone.
+# The resumed run trains, and its losses look fine; but it is another run. Find out what else has to be kept, so that
+# after resuming every number is the same, bit for bit.
 #
 # <details><summary>Hint</summary>
 #
-# What does Adam remember about each weight? Which number comes next? And a dictionary that *refers* to live tensors is no snapshot: `copy.deepcopy`.
+# What does Adam remember about each weight? Which number comes next? And a dictionary that *refers* to live tensors is
+# no snapshot: `copy.deepcopy`.
 #
 # </details>
 
@@ -1525,10 +1848,27 @@ check({
 })  # fmt: skip
 
 # %% [markdown]
-# ### Questions to think about
+# ### Projects
 #
-# - Walk a trainer with `ema=0.0`, `0.9` and `0.999` for 100 steps and compare `validate()` inside `averaged()`. Which one is best, and why not the longest memory?
-# - Train the tiny TDM with `--overrides loss bound` for 600 steps, draw `--report`, and say which times the bound is made of.
+# - Walk a trainer with `ema=0.0`, `0.9` and `0.999` for 100 steps and compare `validate()` inside `averaged()`. Which
+#   one is best, and why not the longest memory?
+# - Train the tiny TDM with `--overrides loss bound` for 600 steps, draw `--report`, and say which times the bound is
+#   made of.
+
+# %% [markdown]
+# ## References
+#
+# - B. T. Polyak, A. B. Juditsky, *Acceleration of Stochastic Approximation by Averaging*, SIAM Journal on Control and
+#   Optimization 30, 1992: the average of the weights.
+# - I. Loshchilov, F. Hutter, *Decoupled Weight Decay Regularization*, ICLR 2019, arXiv 1711.05101: AdamW; and *SGDR*,
+#   ICLR 2017, arXiv 1608.03983: the cosine.
+# - R. Pascanu, T. Mikolov, Y. Bengio, *On the difficulty of training recurrent neural networks*, ICML 2013: clipping
+#   the norm of a gradient.
+# - P. Micikevicius et al., *Mixed Precision Training*, ICLR 2018, arXiv 1710.03740: scaling the loss.
+# - P. Esser, R. Rombach, B. Ommer, *Taming Transformers for High-Resolution Image Synthesis*, CVPR 2021, arXiv
+#   2012.09841: the adaptive weight of the patch GAN.
+# - Y. Zhang et al., *Diffusion-based Blind Text Image Super-Resolution*, CVPR 2024, arXiv 2312.08886: the stages and
+#   their order.
 
 # %% [markdown]
 # ## Where to go next
