@@ -9,7 +9,20 @@
 # %% [markdown]
 # # 03 · Datasets
 #
-# Lesson 01 writes sharp lines, lesson 02 spoils them. Between these two and a training loop stands a humble piece of software that decides whether a run can be repeated, resumed, spread over machines, and whether a single broken file stops it after nine hours. This lesson builds it.
+# Lesson 01 writes sharp lines, lesson 02 spoils them. Between these two and a training loop stands a humble piece of
+# software that decides whether a run can be repeated, resumed, spread over machines, and whether a single broken file
+# stops it after nine hours. This lesson builds it.
+#
+# **What you will build.** The *record* that every stage of training is fed with, and a common base for all sources of
+# records. Five sources: synthetic lines, a pool of lines on disk, an LMDB laid out like the CTR data set, a folder of
+# real pairs, shards for sets larger than a disk. And `make_loader`: endless batches that can be resumed at any number
+# and shared by many processes.
+#
+# **What you will understand.** Why "item *i* is a pure function of (seed, *i*)" is worth a little trouble; the rules of
+# the method's authors, and what happens to a record that breaks them; how a fault is kept from hiding; when it pays to
+# render ahead.
+#
+# **Needs.** 0.5 minutes and 0.7 GB of memory on two CPU cores; no GPU, no download.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/03_dataset.ipynb)
@@ -57,21 +70,6 @@ from difftsr.overview import where_it_sits
 
 where_it_sits("dataset")
 
-# %% [markdown]
-# **What you will build**
-#
-# - the *record* that every stage of training is fed with, and a common base for all sources of records;
-# - five sources: synthetic lines, a pool of lines on disk, an LMDB laid out like the CTR data set, a folder of real pairs, shards for sets larger than a disk;
-# - `make_loader`: endless batches that can be resumed at any number and shared by many processes.
-#
-# **What you will understand at the end**
-#
-# - why "item *i* is a pure function of (seed, *i*)" is worth a little trouble;
-# - the rules of the method's authors, and what happens to a record that breaks them;
-# - when it pays to render ahead.
-#
-# **What it needs**: 0.5 minutes and 0.7 GB of memory on two CPU cores; no GPU, no download.
-
 # %%
 #| default_exp dataset
 
@@ -112,6 +110,7 @@ from difftsr.text_lines import (
 )
 
 # %%
+import copy
 import tempfile
 
 import lmdb
@@ -125,18 +124,30 @@ set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
 # %% [markdown]
 # ## 1. One record
 #
-# A line has its natural size: height 128 and a width of 1 to 8 times that, or whatever a camera gave. Networks want one size, the *canvas* $(H, W)$: the line is stretched to it, and stretched back after restoring. A record holds
+# A line has its natural size: height 128 and a width of 1 to 8 times that, or whatever a camera gave. Networks want one
+# size, the *canvas* $(H, W)$: the line is stretched to it, and stretched back after restoring. A record holds
 #
-# | field | shape | |
+# | field | shape, range | meaning |
 # | --- | --- | --- |
-# | `hr` | $(H, W, 3)$ uint8 | the sharp line on the canvas |
-# | `lr` | $(H, W, 3)$ uint8 | the spoiled line, *brought back to the same canvas* |
+# | `hr` | (H, W, 3) uint8 | the sharp line on the canvas |
+# | `lr` | (H, W, 3) uint8 | the spoiled line, *brought back to the same canvas* |
 # | `text` | | what it says |
-# | `tokens` | $(24,)$ | the same as classes, PAD at the end |
-# | `centers` | $(24,)$ | middle of each character as a share of the width; -1 where there is none or nobody knows |
+# | `tokens` | (24,), 0 … K - 1 | the same as classes, PAD at the end |
+# | `centers` | (24,), 0 … 1 | middle of each character as a share of the width; -1 where there is none or nobody knows |
 # | `origin` | | where it came from, for people who hunt a bad record |
 #
-# A source may also have only one side (then the other is made by the degradation of lesson 02) or both (real pairs). What it gives is a `Line`, at natural size:
+# And the letters of this lesson (all others are in the [glossary](GLOSSARY.md)):
+#
+# | symbol | name in code | shape, range | meaning |
+# | --- | --- | --- | --- |
+# | $N$, $D$ | `count`, `degradations` | | lines of a pool, and degradations of each |
+# | $e$, $\pi_e$ | `epoch`, `indices` | (N,) | an epoch, and the order of the records in it |
+# | $p$ | `position` | 0, 1, 2, … | place in the endless sequence of all epochs |
+# | $k$, $B$ | `number`, `batch_size` | | number and size of a batch |
+# | $r$, $R$ | `rank`, `world` | 0 … R - 1 | a process, and how many there are |
+#
+# A source may also have only one side (then the other is made by the degradation of lesson 02) or both (real pairs).
+# What it gives is a `Line`, at natural size:
 
 # %%
 #| export
@@ -172,11 +183,22 @@ naive = NaiveLines(seed=0)
 print("item 5 asked for first: ", naive[5])
 print("item 5 asked for again: ", naive[5])
 
+# %% [markdown]
+# It gets worse with worker processes. Each is given a *copy* of the dataset, its generator included. Two workers that
+# take turns, the even items for one, the odd ones for the other:
+
+# %%
+workers = [copy.deepcopy(NaiveLines(seed=0)) for _ in range(2)]
+print("items 0 to 5, by two workers:", [workers[index % 2][index] for index in range(6)])
+
 
 # %% [markdown]
-# Item 5 is whatever the generator happens to say next. So the data depend on the order of access and on the number of worker processes (each has a copy of the generator: *all* workers draw the same lines!), and a run resumed in the middle sees other lines than one that was never stopped.
+# Every line twice: half of the data set is gone, and no error says so. And a run resumed in the middle sees other lines
+# than one that was never stopped, since item 5 is whatever the generator happens to say next.
 #
-# The remedy costs nothing: make a fresh generator from (seed, index) for every item. The line depends on (seed, index) alone, and its $d$-th degradation on (seed, index, 1 + d). That is the contract of `LineSource`; a subclass has to say only what `line(index)` is.
+# The remedy costs nothing: make a fresh generator from (seed, index) for every item. The line depends on (seed, index)
+# alone, and its $d$-th degradation on (seed, index, 1 + d). That is the contract of `LineSource`; a subclass has to say
+# only what `line(index)` is.
 
 # %%
 #| export
@@ -249,9 +271,17 @@ class LineSource(Dataset):
 
 
 # %% [markdown]
-# Two decisions hide in there. A tenth of the records (`identity`) have the sharp line itself as their LR side: the model shall learn that what is sharp stays as it is. And a degradation that fails raises its error.
+# Two decisions hide in there. A tenth of the records (`identity`) have the sharp line itself as their LR side: the
+# model shall learn that what is sharp stays as it is. And a degradation that fails raises its error.
 #
-# > **In the released code** a failing degradation silently returns LR = HR, so the model learns from wrong pairs without anyone noticing, and a corrupt image stops the loader. Here synthetic faults are raised (they are bugs), and bad records of a data set are left out and reported (they are facts of life; section 4).
+# > **The released code, row 14: faults that hide, faults that kill.** A failing degradation silently returns LR = HR
+# > there, so the model learns from wrong pairs without anyone noticing ([lesson 02](02_degradation.ipynb), section 14,
+# > lets one fail, and measures what is learned from it); and a corrupt image stops the loader. Here faults of our own
+# > making are raised, because they are bugs, and bad records of a data set are left out and reported, because they are
+# > facts of life (section 4).
+#
+# Pairs with LR = HR are then *chosen*, and can be counted. Section 2 does: there should be `identity` of them, up to
+# chance, and a share beyond that would be an alarm.
 #
 # Pictures stay bytes until the last moment: they travel four times faster between processes and from disk.
 
@@ -335,9 +365,23 @@ assert np.array_equal(again[8]["lr"], record["lr"])  # whatever was asked for be
 assert not np.array_equal(again.record(8, draw=1)["lr"], record["lr"])  # another degradation ...
 assert np.array_equal(again.record(8, draw=1)["hr"], record["hr"])  # ... of the same line
 
+# %% [markdown]
+# And the count that was promised: ten lines, thirty degradations of each. How many have LR = HR, with a share of one
+# tenth, and with none? (Of 300 draws with probability .1 one expects 30, give or take $\sqrt{300 \cdot .1 \cdot .9}
+# \approx 5$.)
+
+# %%
+for identity in (0.1, 0.0):
+    counted = SyntheticLines(alphabet, SIZES["tiny"], length=10, fonts=fonts, words="builtin", identity=identity)
+    pairs = [pair for index in range(10) for pair in counted.records(index, draws=30)]
+    equal = sum(np.array_equal(pair["hr"], pair["lr"]) for pair in pairs)
+    print(f"identity {identity}: {equal} of {len(pairs)} pairs have nothing to undo")
+assert equal == 0  # no degradation gave the line back
+
 
 # %% [markdown]
-# The canvas stretches: compare with the natural shapes in lesson 01. Left the sharp side with the centres of its characters, right three different degradations of it.
+# The canvas stretches: compare with the natural shapes in lesson 01. Left the sharp side with the centres of its
+# characters, right three different degradations of it.
 
 # %%
 def mark_centers(image, centers):
@@ -360,13 +404,17 @@ _ = plt.axis("off")
 # %% [markdown]
 # ## 3. A pool on disk
 #
-# Rendering and spoiling a line takes some 20 to 40 milliseconds of one core. A GPU, or even a small model on a CPU, would wait for it. So we can render ahead: a *pool* holds the finished canvases as plain arrays in files that the operating system maps into memory. Reading a batch is copying.
+# Rendering and spoiling a line takes some 20 to 40 milliseconds of one core. A GPU, or even a small model on a CPU,
+# would wait for it. So we can render ahead: a *pool* holds the finished canvases as plain arrays in files that the
+# operating system maps into memory. Reading a batch is copying.
 #
 # $$\text{bytes} = N \cdot (1 + D) \cdot H \cdot W \cdot 3$$
 #
-# for $N$ lines with $D$ degradations each: 20,000 lines with two on the classroom canvas are 11.8 GB. Each time a line is met, one of its degradations is taken.
+# for $N$ lines with $D$ degradations each: 20,000 lines with two on the classroom canvas are 11.8 GB. Each time a line
+# is met, one of its degradations is taken.
 #
-# The lines are made by several processes. Because each line is a function of its number, the outcome does not depend on how many there are, and the folder appears under its name only when it is complete.
+# The lines are made by several processes. Because each line is a function of its number, the outcome does not depend on
+# how many there are, and the folder appears under its name only when it is complete.
 
 # %%
 #| export
@@ -529,7 +577,10 @@ assert np.prod(pool.hr.shape) + np.prod(pool.lr.shape) == 40 * (1 + 2) * 32 * 12
 # %% [markdown]
 # ## 4. Data of others
 #
-# The method's authors trained on lines of CTR, the Chinese text recognition benchmark: an LMDB (a file with keys and values) with `num-samples`, `image-000000001`, `label-000000001` and so on. They kept what obeys four rules: **at most 24 characters; one horizontal line; 1 <= width / height <= 8; the two sides aligned.** Our reader checks the two rules that a picture and its label can be checked for, and that the picture opens at all.
+# The method's authors trained on lines of CTR, the Chinese text recognition benchmark: an LMDB (a file with keys and
+# values) with `num-samples`, `image-000000001`, `label-000000001` and so on. They kept what obeys four rules: **at most
+# 24 characters; one horizontal line; 1 <= width / height <= 8; the two sides aligned.** Our reader checks the two rules
+# that a picture and its label can be checked for, and that the picture opens at all.
 
 # %%
 #| export
@@ -637,9 +688,11 @@ class LmdbLines(StoredLines):
 
 
 # %% [markdown]
-# A bad record must not stop a run, and must not be hidden either. The next good record stands in for it, a warning names it once, and `errors` keeps the reasons.
+# A bad record must not stop a run, and must not be hidden either. The next good record stands in for it, a warning
+# names it once, and `errors` keeps the reasons.
 #
-# Let us write such a file, with two planted faults: a picture that is cut off, and a label of 30 characters.
+# Let us write such a file, with two planted faults: a picture that is cut off, and a label of 30 characters. A naive
+# reader comes first.
 
 # %%
 #| export
@@ -688,6 +741,25 @@ with lmdb.open(str(folder / "ctr")) as environment, environment.begin(write=True
     transaction.put(b"image-000000003", transaction.get(b"image-000000003")[:100])
     transaction.put(b"label-000000005", ("很长" * 15).encode())
 
+
+# %%
+def naive_pictures(path: Path, count: int) -> Iterator[tuple[int, int, int]]:
+    """The shapes of all pictures, as if nothing could be wrong."""
+    with lmdb_environment(str(path)).begin() as transaction:
+        for number in range(1, count + 1):
+            yield np.array(Image.open(io.BytesIO(transaction.get(b"image-%09d" % number))).convert("RGB")).shape
+
+
+seen = []
+try:
+    for shape in naive_pictures(folder / "ctr", 6):
+        seen.append(shape)
+except OSError as error:
+    print(f"after {len(seen)} of 6 records: {type(error).__name__}")
+
+# %% [markdown]
+# One bad picture of six, and the run is over. In a set of a million there is always one. Now ours:
+
 # %%
 ctr = LmdbLines(folder / "ctr", alphabet, SIZES["classroom"])
 with warnings.catch_warnings(record=True) as said:
@@ -701,7 +773,9 @@ assert len(said) == 2 and set(ctr.errors) == {2, 4} and texts[2] == texts[3] and
 # %% [markdown]
 # ### Real pairs
 #
-# The simplest layout for pairs that somebody has photographed: `hr/` and `lr/` with the same file names, and `labels.tsv` with the columns `file` and `text`. The sample lines of this project, `data/samples`, are such a folder: twelve lines in the typefaces that training never sees.
+# The simplest layout for pairs that somebody has photographed: `hr/` and `lr/` with the same file names, and
+# `labels.tsv` with the columns `file` and `text`. The sample lines of this project, `data/samples`, are such a folder:
+# twelve lines in the typefaces that training never sees.
 
 # %%
 #| export
@@ -736,7 +810,10 @@ class PairFolder(StoredLines):
 # %% [markdown]
 # ### Sets larger than a disk
 #
-# Random access needs the whole set at hand. A *shard* is a tar file of some thousand records that is read from its beginning to its end, from a disk or from a server; webdataset does the reading. `shards.json` beside them tells how many records each shard holds, so that a stream can start at any batch without reading what comes before: whole shards are skipped.
+# Random access needs the whole set at hand. A *shard* is a tar file of some thousand records that is read from its
+# beginning to its end, from a disk or from a server; webdataset does the reading. `shards.json` beside them tells how
+# many records each shard holds, so that a stream can start at any batch without reading what comes before: whole shards
+# are skipped.
 
 # %%
 #| export
@@ -892,9 +969,26 @@ def _shuffled(items: Iterable, buffer: int, rng: np.random.Generator) -> Iterato
 
 
 # %% [markdown]
+# How well does a small buffer mix? Thirty records in their order, through a buffer of 4 and of 16; and how far a record
+# is moved in the mean:
+
+# %%
+for buffer in (4, 16):
+    mixed = list(_shuffled(range(30), buffer, np.random.default_rng(0)))
+    moved = np.abs(np.array(mixed) - np.arange(30)).mean()
+    print(f"buffer {buffer:2}: moved by {moved:4.1f} in the mean:", *mixed)
+    assert sorted(mixed) == list(range(30))  # every record once
+
+
+# %% [markdown]
+# With 4 the order is nearly the old one. So if a set is written sorted (all signs, then all plates), a stream of it
+# teaches signs for an hour and plates for another: write shards from shuffled lines.
+
+# %% [markdown]
 # ### Some records of a set
 #
-# Lesson 03b checks a set and writes an *index*, a table of the records that are worth training on. A source with an index before it is a source again:
+# Lesson 03b checks a set and writes an *index*, a table of the records that are worth training on. A source with an
+# index before it is a source again:
 
 # %%
 #| export
@@ -962,11 +1056,16 @@ def open_source(
 # %% [markdown]
 # ## 5. Batches
 #
-# Shuffle, cut into batches, start again: `DataLoader(shuffle=True)` does it, but cannot begin at batch 12,345, nor say which records belong to which of eight processes. Both become trivial once the order is a *function*: let $\pi_e$ be the permutation of epoch $e$, drawn from (seed, $e$). Position $p$ of the endless sequence is record $\pi_{\lfloor p / N \rfloor}(p \bmod N)$, and batch $k$ of process $r$ out of $R$ takes the $B$ positions from
+# Shuffle, cut into batches, start again: `DataLoader(shuffle=True)` does it, but cannot begin at batch 12,345, nor say
+# which records belong to which of eight processes. Both become trivial once the order is a *function*: let $\pi_e$ be
+# the permutation of epoch $e$, drawn from (seed, $e$). Position $p$ of the endless sequence is record $\pi_{\lfloor p /
+# N \rfloor}(p \bmod N)$, and batch $k$ of process $r$ out of $R$ takes the $B$ positions from
 #
 # $$p = (k R + r)\, B$$
 #
-# onwards. With every index comes a number that picks the degradation.
+# onwards: before batch $k$ of process $r$, all $R$ processes have taken $k$ batches each, and in round $k$ the $r$
+# processes before it one more, which makes $k R + r$ batches of $B$. With every index comes a number that picks the
+# degradation.
 
 # %%
 #| export
@@ -1005,7 +1104,8 @@ class BatchOrder(Sampler):
 
 
 # %% [markdown]
-# A toy of 7 records, two processes, batches of 2. Read it downwards: each epoch of 7 is there completely before the next begins.
+# A toy of 7 records, two processes, batches of 2. Read it downwards: each epoch of 7 is there completely before the
+# next begins.
 
 # %%
 orders = [BatchOrder(7, 2, seed=0, rank=rank, world=2) for rank in (0, 1)]
@@ -1018,7 +1118,8 @@ assert all(sorted(sequence[7 * epoch : 7 * epoch + 7]) == list(range(7)) for epo
 
 
 # %% [markdown]
-# The rest is PyTorch's own loader, which also brings worker processes; only the change from bytes to numbers in $[-1, 1]$ happens in the training process.
+# The rest is PyTorch's own loader, which also brings worker processes; only the change from bytes to numbers in $[-1,
+# 1]$ happens in the training process.
 
 # %%
 #| export
@@ -1081,15 +1182,44 @@ shutil.rmtree(folder)
 # ## Summary
 #
 # - Every source gives the same record; HR and LR share one canvas, and the place of each character is known.
-# - An item is a function of (seed, index, draw), so neither the order of access nor the number of processes changes the data.
+# - An item is a function of (seed, index, draw), so neither the order of access nor the number of processes changes the
+#   data. The naive way gave two workers the same lines.
 # - The order of batches is a function as well: resuming and sharing are arithmetic.
-# - Bad records are left out and reported; failing degradations are errors.
+# - Bad records are left out and reported: of six records two, by name and reason; a naive reader stopped after two.
+#   Failing degradations are errors, and pairs with LR = HR are chosen and can be counted.
 # - What is larger than a disk is streamed from shards, in an order that is again a function of the seed.
+#
+# ## Check yourself
+#
+# 1. Why are pictures kept as bytes up to the training process, and not turned into floats by the workers?
+# 2. A colleague seeds everything at the top of the script. Name two things that can still change the data.
+# 3. Record 7 is bad, so the next good one stands in for it. Which record is now met twice as often, and why is that
+#    better than a batch of 15?
+# 4. A pool has two degradations of each line. After how many epochs has a model seen both of a given line?
+# 5. A run of four processes with batches of 16 stops after batch 1,000. At which position does process 2 go on?
+# 6. Why does `LineSource` degrade at natural size and bring LR to the canvas afterwards, not the other way round?
+#
+# <details><summary>Answers</summary>
+#
+# 1. They are four times smaller, and travel between processes.
+# 2. The number of workers, and the order in which items are asked for (a resumed run, a second loader, a look at
+#    `dataset[0]` while debugging).
+# 3. Its successor. All batches keep one size, so nothing that depends on the size (a rate, a norm) changes in a corner
+#    case that nobody tests.
+# 4. That is chance: each epoch takes one of the two at random, so after two epochs with probability ½, after five with
+#    15 of 16.
+# 5. Batches count from 0, so the next one is $k = 1001$ if batch 1,000 was done: $p = (1001 \cdot 4 + 2) \cdot 16 =
+#    64096$.
+# 6. A camera's blur and a file's 8 x 8 blocks belong to the picture as it was. Stretched first, they would have another
+#    shape in every line.
+#
+# </details>
 
 # %% [markdown]
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/03_dataset.ipynb](../exercises/03_dataset.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+# The same tasks without solutions: [exercises/03_dataset.ipynb](../exercises/03_dataset.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
 import hashlib
@@ -1103,11 +1233,14 @@ from difftsr.exercises import check, near
 # %% [markdown]
 # ### 1 · Why is it dropped? · ●○○ easy
 #
-# Write the rules of the data set's authors as a function that names the first rule a line breaks: `"text"` (empty, or more than 24 characters), `"tall"` (higher than wide), `"long"` (more than eight times as wide as high), or `None` for a good line.
+# Write the rules of the data set's authors as a function that names the first rule a line breaks: `"text"` (empty, or
+# more than 24 characters), `"tall"` (higher than wide), `"long"` (more than eight times as wide as high), or `None` for
+# a good line.
 #
 # <details><summary>Hint</summary>
 #
-# $1 \le W / H \le 8$, both ends included. Compare without dividing, and an image without height needs no case of its own.
+# $1 \le W / H \le 8$, both ends included. Compare without dividing, and an image without height needs no case of its
+# own.
 #
 # </details>
 
@@ -1138,7 +1271,9 @@ check({
 # %% [markdown]
 # ### 2 · Random, and yet a function · ●●○ medium
 #
-# The degradation of record `index` at its `draw`-th use must be random, but the same whoever asks, in whatever order. Return three normal numbers that depend on (seed, index, draw) alone. Why is `default_rng(seed + index + draw)` not good enough?
+# The degradation of record `index` at its `draw`-th use must be random, but the same whoever asks, in whatever order.
+# Return three normal numbers that depend on (seed, index, draw) alone. Why is `default_rng(seed + index + draw)` not
+# good enough?
 #
 # <details><summary>Hint</summary>
 #
@@ -1170,7 +1305,9 @@ check({
 # %% [markdown]
 # ### 3 · A name made of content · ●●○ medium
 #
-# What costs time is kept on disk, a degraded picture or what a model made of it, under a name that says what it belongs to: the picture and the settings. Make one that changes when any pixel or setting does, and does not when settings are merely written in another order. Beware: (2, 3) pixels are not (3, 2) pixels.
+# What costs time is kept on disk, a degraded picture or what a model made of it, under a name that says what it belongs
+# to: the picture and the settings. Make one that changes when any pixel or setting does, and does not when settings are
+# merely written in another order. Beware: (2, 3) pixels are not (3, 2) pixels.
 #
 # <details><summary>Hint</summary>
 #
@@ -1203,7 +1340,9 @@ check({
 # %% [markdown]
 # ### 4 · An order that can be entered anywhere · ●●● hard
 #
-# Batch $k$ of rank $r$ (of $R$ processes) takes $b$ positions of one endless sequence: rank 0's batch, rank 1's batch, and so on. The sequence runs through $n$ records an epoch. Which (epoch, offset) pairs are those? Then a run goes on after a crash without having counted anything.
+# Batch $k$ of rank $r$ (of $R$ processes) takes $b$ positions of one endless sequence: rank 0's batch, rank 1's batch,
+# and so on. The sequence runs through $n$ records an epoch. Which (epoch, offset) pairs are those? Then a run goes on
+# after a crash without having counted anything.
 #
 # <details><summary>Hint</summary>
 #
@@ -1243,6 +1382,15 @@ check({
 })  # fmt: skip
 
 # %% [markdown]
+# ## References
+#
+# - Yu et al., *Benchmarking Chinese Text Recognition: Datasets, Baselines, and an Empirical Study*, arXiv 2112.15093:
+#   the CTR data set and its layout.
+# - Y. Zhang et al., *Diffusion-based Blind Text Image Super-Resolution*, CVPR 2024, arXiv 2312.08886: the four rules.
+# - The documentation of `torch.utils.data`, on workers and their copies of a dataset; of LMDB; of webdataset.
+#
 # ## Where to go next
 #
-# [Lesson 03b](03b_cleaning.ipynb) looks at what others have collected, and drops what would teach nonsense; [03c](03c_sets.ipynb) writes sets. [Lesson 04](04_vae.ipynb) is the first to learn from these batches: it compresses a line to a latent of a fraction of the size.
+# [Lesson 03b](03b_cleaning.ipynb) looks at what others have collected, and drops what would teach nonsense;
+# [03c](03c_sets.ipynb) writes sets. [Lesson 04](04_vae.ipynb) is the first to learn from these batches: it compresses a
+# line to a latent of a fraction of the size.
