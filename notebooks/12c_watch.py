@@ -11,9 +11,10 @@
 #
 # **What you will build.** A film of a restoration: the image coming out of the noise, and the text settling beside it.
 #
-# **What you will understand.** What each of the two diffusions knows at which moment, and what entropy says about it.
+# **What you will understand.** What each of the two diffusions knows at which moment, and what entropy says about it;
+# and what such a film would show of the released sampler, whose text stands still.
 #
-# **What you need.** Lesson 12. 0.5 minutes and 1.5 GB of memory on two CPU cores.
+# **Needs.** Lesson 12. 0.5 minutes and 1.5 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/12c_watch.ipynb)
@@ -89,16 +90,32 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from difftsr.model import has_weights, preset
 from difftsr.restore import restore
+from difftsr.tdm import MultinomialDiffusion
 from difftsr.text_lines import data_folder
 
 set_matplotlib_formats("jpeg", pil_kwargs={"quality": 45})
 
 # %% [markdown]
+# | symbol | name in code | shape, range | meaning |
+# | --- | --- | --- | --- |
+# | $t, s$ | `step.t`, `step.s` | 999 … 0, -1 | where a step starts and where it ends; -1 is the clean end |
+# | $z_t$ | `step.z_t` | (1, C, h, w) | the noisy latent before the step |
+# | $\hat z_0$ | `step.z0` | (1, C, h, w) | the clean latent that the image diffusion believes in at $t$ |
+# | $c_t$ | `step.c_t` | (1, 24) | the noisy text before the step |
+# | $p$ | `step.text.probs` | (1, 24, k) | probabilities of the likeliest $k$ characters of each position |
+# | $H$ | `entropy` | 0 … 12 bits | how undecided a position is |
+#
+# All symbols and words of the course: [GLOSSARY.md](GLOSSARY.md).
+#
 # ## 1. A trace
 #
-# `restore(..., trace=True)` keeps every step of both diffusions: the noisy latent $z_t$, the clean one $\hat z_0$ that the image diffusion believes in at that moment, the noisy text $c_t$, and the text that the text diffusion predicts. Without `trace` nothing is kept and nothing costs anything.
+# `restore(..., trace=True)` keeps every step of both diffusions: the noisy latent $z_t$, the clean one $\hat z_0$ that
+# the image diffusion believes in at that moment, the noisy text $c_t$, and the text that the text diffusion predicts.
+# Without `trace` nothing is kept and nothing costs anything. Picture a film with two tracks: one of the image and one
+# of the text.
 #
-# The weights of this project restore in one step, from the mean of the noise. That is fast and good, but there is nothing to watch, so here we ask for twenty steps from real noise (`temperature=1.0`).
+# The weights of this project restore in one step, from the mean of the noise. That is fast and good, but there is
+# nothing to watch, so here we ask for twenty steps from real noise (`temperature=1.0`).
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -119,7 +136,18 @@ print(len(watched.trace), "steps, from t =", watched.trace[0].t, "to the clean e
 #
 # $$H = -\sum_k p_k \log_2 p_k$$
 #
-# says in bits how undecided it is: 0 when one character is certain, 1 between two equals, 12 when nothing is known. A trace keeps the likeliest few characters; what remains we count as one more, so our $H$ is a little too low while much is open.
+# says in bits how undecided it is: 0 when one character is certain, 1 between two equals, 12 when nothing is known
+# ($2^{12}$ is about the size of our alphabet).
+#
+# A trace keeps only the likeliest few characters; what remains, with probability $P$ in all, we count as one more. How
+# wrong is that? Write a remaining $p_k$ as $P q_k$, where the $q_k$ add up to 1:
+#
+# $$-\sum_{\text{rest}} p_k \log_2 p_k = -\sum P q_k (\log_2 P + \log_2 q_k) = -P \log_2 P + P \Big({-\sum q_k \log_2 q_k}\Big)$$
+#
+# The first equality puts $p_k = P q_k$ in; the second takes $P \log_2 P$ out of the sum, since $\sum q_k = 1$. The
+# first term is what we count. The second, $P$ times the entropy within the rest, is what we miss: at most $P \log_2$ of
+# the number of remaining characters. So our $H$ is too low while much is open, and right once a character is nearly
+# certain.
 
 # %%
 #| export
@@ -132,6 +160,19 @@ def entropy(probs: Tensor) -> Tensor:
 
 # %%
 print([round(float(h), 2) for h in entropy(torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.25, 0.25]]))])
+
+for doubt in (3.0, 1.0, 0.1):  # 3,892 characters, from undecided to nearly certain; five of them are kept
+    logits = 3 / doubt * torch.randn(3892, generator=torch.Generator().manual_seed(0))
+    p = logits.softmax(0).sort(descending=True).values
+    whole, rest = -(p * p.clamp(min=1e-30).log2()).sum(), p[5:]
+    missed = -(rest * (rest / rest.sum()).clamp(min=1e-30).log2()).sum()
+    print(f"rest P = {rest.sum():.3f}: whole {whole:6.3f} = counted {entropy(p[:5]):6.3f} + missed {missed:6.3f} bits")
+    assert abs(whole - entropy(p[:5]) - missed) < 1e-3
+
+# %% [markdown]
+# Now the line: one row a position, one column a step, from noise on the left to the end on the right.
+
+# %%
 bits = torch.stack([entropy(step.text.probs[0]) for step in watched.trace])  # (steps, 24)
 length = max(1, len(watched.text))
 plt.figure(figsize=(7, 2.2), dpi=80)
@@ -142,11 +183,76 @@ plt.colorbar(label="bits")
 plt.show()
 assert bool((bits >= 0).all())
 
+# %% [markdown]
+# Three of the four characters are decided from the first step on. The third is torn between several: about two bits, as
+# with four equals, until $t = 649$. Then something of the picture settles it at once. The frames of section 3 show what
+# it was: the text says 码, then 同, then 码 again.
+#
+# Which of the two diffusions is decided first? For the text we take the mean of these bits; for the picture, how far
+# $\hat z_0$ still is from what it will be at the end.
+
+# %%
+last = watched.trace[-1].z0
+away = [float((step.z0 - last).square().mean().sqrt()) for step in watched.trace]
+times = [step.t for step in watched.trace]
+figure, panel = plt.subplots(figsize=(5, 1.8), dpi=80)
+panel.plot(times, away, ".-", label="picture: distance to its end")
+panel.set(xlabel="t", ylabel="distance", xlim=(1000, -10))
+other = panel.twinx()
+other.plot(times, bits[:, :length].mean(1), ".--", color="C1", label="text: bits a position")
+other.set_ylabel("bits")
+figure.legend(fontsize=7, loc="upper right", bbox_to_anchor=(0.88, 0.88))
+plt.show()
 
 # %% [markdown]
+# The text is settled half-way, within a single step. The picture never jumps: $\hat z_0$ moves toward its end all the
+# time, and it does not have far to go, since a distance of 1 would be the spread of a latent. This line was easy: the
+# degraded picture tells nearly all of it. The projects below ask for a severe one.
+#
+# > **The released code, row 1: the text stands still.** Its sampler has `general=True` by default, and then the text
+# > diffusion is never called: the film has one track. Here both run by default; the same path has the name
+# > `mode="baseline"`.
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+alone = restore(model, sample_file, steps=20, temperature=1.0, trace=True, do_no_harm=False, mode="baseline")
+for name, film in (("full", watched), ("baseline", alone)):
+    noisy, told = (torch.cat(texts) for texts in zip(*((step.c_t, step.text.best) for step in film.trace)))
+    changes = [int((x[1:] != x[:-1]).sum()) for x in (noisy, told)]
+    print(f"{name:9s} characters changed: of the noisy text {changes[0]:3d}, of what the image is told {changes[1]}")
+    if name == "baseline":
+        assert changes == [0, 0]
+
+# %% [markdown]
+# > **The released code, row 2: the index in place of the time.** Even with `general=False` the film would be dull. The
+# > text diffusion is told the number of the step, 0 to $S - 1$, where the time $t$ belongs. The share of characters
+# > that are noise at a time is $(1 - \bar\alpha_t)(1 - 1/K)$: at the small numbers of an index that is next to nothing.
+# > We hand over the real $t$.
+#
+# In our film nearly every position starts as noise; the last column is what the index would make of it:
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+alpha_bar = MultinomialDiffusion(len(model.alphabet)).alpha_bar
+final = watched.trace[-1].text.best[0]
+print("   t   noise in the film   expected   expected, told the index")
+for k in (0, 4, 9, 14, 19):
+    step, index = watched.trace[k], len(watched.trace) - 1 - k
+    seen = float((step.c_t[0] != final).float().mean())
+    print(f"{step.t:4d} {seen:15.2f} {1 - alpha_bar[step.t]:14.2f} {1 - alpha_bar[index]:18.4f}")
+assert 1 - alpha_bar[19] < 0.01 < 0.9 < 1 - alpha_bar[watched.trace[0].t]
+
+
+# %% [markdown]
+# 24 positions are a small sample, so the film scatters around what is expected. The index never leaves the clean end:
+# what stands there is taken for certain, and no character of the reader is ever called into question. Lesson 11 derives
+# the step, and lesson 15 counts how many wrong characters survive it.
+#
 # ## 3. A frame
 #
-# One frame shows one step: $z_t$ and $\hat z_0$, decoded to pictures; below, the noisy text and the predicted one, each character above a bar as long as its entropy. The characters need a typeface; where none is found that holds them, they are shown as their numbers in the alphabet.
+# One frame shows one step: $z_t$ and $\hat z_0$, decoded to pictures; below, the noisy text and the predicted one, each
+# character above a bar as long as its entropy. The characters need a typeface; where none is found that holds them,
+# they are shown as their numbers in the alphabet.
 
 # %%
 #| export
@@ -264,7 +370,9 @@ player(frames)
 
 
 # %% [markdown]
-# Frames are made beforehand. Where a picture depends on several knobs, or on a number with a thousand values, it has to be drawn when it is asked for. `live` does that, and the other lessons borrow it: a function gets the value of each control and answers with a picture and a line of text.
+# Frames are made beforehand. Where a picture depends on several knobs, or on a number with a thousand values, it has to
+# be drawn when it is asked for. `live` does that, and the other lessons borrow it: a function gets the value of each
+# control and answers with a picture and a line of text.
 
 # %%
 #| export
@@ -294,7 +402,8 @@ def live(draw: Callable[..., tuple[np.ndarray, str]], **controls):
 
 
 # %% [markdown]
-# How sure must a position be before we take its character? Move the bar: what is less likely than it becomes a dot. Early on only the first characters pass, in the end almost all.
+# How sure must a position be before we take its character? Move the bar: what is less likely than it becomes a dot.
+# Early on only the first characters pass, in the end almost all.
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -377,15 +486,43 @@ save_trace(watched.trace, folder / "trace.safetensors")
 # %% [markdown]
 # ## Summary
 #
-# - A trace keeps every $z_t$ and $c_t$, and only when asked for.
-# - Entropy per position shows when the text is decided; $\hat z_0$ shows when the picture is.
+# - A trace keeps every $z_t$ and $c_t$, and only when asked for; from it come frames, a player, a GIF, an MP4 and a
+#   file of numbers.
+# - Entropy per position shows when the text is decided (here at $t = 599$, one character of four being open until
+#   then); $\hat z_0$ shows when the picture is (here slowly, to the end).
+# - Counting the rest of a distribution as one class gives too few bits while much is open (.28 of 11.12) and is exact
+#   where it matters (.052 of .052).
+# - In mode "baseline", which the released sampler runs by default, no character changes during the film; with both
+#   diffusions running, 75 of the noisy text did, and 5 of what the image is told.
+
+# %% [markdown]
+# ## Check yourself
 #
-# Two things to try with the player: give a wrong `text` and see which of the two diffusions notices; and play 5, 20 and 100 steps: at which $t$ does the layout appear, and at which the strokes?
+# 1. A position has probabilities .5, .25 and .25. How many bits? And what does our `entropy` say if only the first two
+#    are kept?
+# 2. The bits of a position fall, rise again, and fall. What may have happened?
+# 3. Why does $\hat z_0$ look like a blurred line at large $t$, although it is called clean?
+# 4. In mode "baseline" the film shows a text below the picture too. Where does it come from, and why are its bits
+#    constant?
+# 5. Twenty steps, $t = 999, 949, \dots$. Why does the film of a released sampler begin at another time?
+#
+# <details><summary>Answers</summary>
+#
+# 1. $.5 \cdot 1 + 2 \cdot .25 \cdot 2 = 1.5$ bits. The same 1.5: a rest of a single character is counted exactly.
+# 2. MoM told the text diffusion something new of the image: another stroke became visible and brought back a doubt. Or
+#    the noise of $c_t$ replaced the neighbours.
+# 3. It is the mean of all lines that fit what is known. Where several are possible, the mean is blurred; noise it has
+#    none.
+# 4. From the recogniser, which read the input once before the first step. Nobody changes it afterwards.
+# 5. It counts `range(0, 1000, 1000 // S) + 1`, so with $S = 20$ its largest time is 951: leading spacing (lesson 11).
+#
+# </details>
 
 # %% [markdown]
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/12c_watch.ipynb](../exercises/12c_watch.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+# The same tasks without solutions: [exercises/12c_watch.ipynb](../exercises/12c_watch.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
 import torch
@@ -396,7 +533,9 @@ from difftsr.exercises import check, near
 # %% [markdown]
 # ### 1 · Bits · ●○○ easy
 #
-# Write the entropy in bits of distributions along the last axis. A probability of zero adds nothing; mind what a computer makes of $0 \cdot \log 0$. Predict first: how many bits has a fair die with 3,892 sides, as many as the classroom alphabet has classes?
+# Write the entropy in bits of distributions along the last axis. A probability of zero adds nothing; mind what a
+# computer makes of $0 \cdot \log 0$. Predict first: how many bits has a fair die with 3,892 sides, as many as the
+# classroom alphabet has classes?
 #
 # <details><summary>Hint</summary>
 #
@@ -425,11 +564,13 @@ check({
 # %% [markdown]
 # ### 2 · From when on is it settled? · ●●○ medium
 #
-# `texts` has a row of character classes for each step. For each position, find the first step from which on the character stays what it is in the end. A character that appears, goes and comes back counts from its last return.
+# `texts` has a row of character classes for each step. For each position, find the first step from which on the
+# character stays what it is in the end. A character that appears, goes and comes back counts from its last return.
 #
 # <details><summary>Hint</summary>
 #
-# Compare all rows with the last one. A position is settled at a step when it is equal there *and at every later step*: a product that runs from the end to the front (`flip`, `cumprod`), then count.
+# Compare all rows with the last one. A position is settled at a step when it is equal there *and at every later step*:
+# a product that runs from the end to the front (`flip`, `cumprod`), then count.
 #
 # </details>
 
@@ -456,11 +597,16 @@ check({
 # %% [markdown]
 # ### 3 · A film that lingers where something happens · ●●● hard
 #
-# A GIF counts time in hundredths of a second, and browsers slow down a frame that asks for fewer than 2. Give `total` hundredths to frames in proportion to how much each changes: every frame gets its 2, the rest is shared by `change`, and the sum is exact. Rounding each share alone loses or wins some hundredths; give what is left over to the frames that rounding down cost most.
+# A GIF counts time in hundredths of a second, and browsers slow down a frame that asks for fewer than 2. Give `total`
+# hundredths to frames in proportion to how much each changes: every frame gets its 2, the rest is shared by `change`,
+# and the sum is exact. Rounding each share alone loses or wins some hundredths; give what is left over to the frames
+# that rounding down cost most.
 #
 # <details><summary>Hint</summary>
 #
-# `spare = total - 2 * len(change)`; the shares are `spare * change / change.sum()`, rounded down. So many hundredths are missing; `argsort` the fractions, descending and stable, and give one to each of the first. Think of `change` being all zero.
+# `spare = total - 2 * len(change)`; the shares are `spare * change / change.sum()`, rounded down. So many hundredths
+# are missing; `argsort` the fractions, descending and stable, and give one to each of the first. Think of `change`
+# being all zero.
 #
 # </details>
 
@@ -490,6 +636,22 @@ check({
     "the frames that rounding cost most come first": lambda: durations(
         torch.tensor([0.3, 0.3, 0.4]), 8).tolist() == [3, 2, 3],
 })  # fmt: skip
+
+# %% [markdown]
+# ### Projects
+#
+# - Give a wrong `text` and watch: which of the two diffusions notices, and where in the picture?
+# - Play 5, 20 and 100 steps. At which $t$ does the layout appear, and at which the strokes?
+# - Watch a *severe* line of `data/eval/dev`. Which of the two curves of section 2 is the first to come to rest now?
+
+# %% [markdown]
+# ## References
+#
+# - C. E. Shannon, *A Mathematical Theory of Communication*, Bell System Technical Journal 27, 1948: entropy, and the
+#   rule for grouping that section 2 uses.
+# - Y. Zhang et al., *Diffusion-based Blind Text Image Super-Resolution*, CVPR 2024, arXiv 2312.08886: the two
+#   diffusions and MoM.
+# - E. Hoogeboom et al., *Argmax Flows and Multinomial Diffusion*, NeurIPS 2021, arXiv 2102.05379: noise for characters.
 
 # %% [markdown]
 # ## Where to go next

@@ -15,7 +15,7 @@
 # **What you will understand.** Why a checkpoint is written under another name first, what happens when the disk is
 # full, what belongs on the card of a run, and how to look at a run that is still going.
 #
-# **What it needs.** 0.5 minutes and 0.5 GB of memory on two CPU cores. The loop that uses all this is in lesson 13.
+# **Needs.** 0.5 minutes and 0.5 GB of memory on two CPU cores. The loop that uses all this is in lesson 13.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/12e_runs.ipynb)
@@ -90,15 +90,27 @@ from difftsr.sampling import released_reading, sample
 from difftsr.text_lines import PAD, Font, find_fonts, write_json, written_whole
 
 # %%
+import math
 import tempfile
 from importlib.util import find_spec
 
 import matplotlib.pyplot as plt
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from difftsr.dataset import PairFolder, make_loader
 from difftsr.model import NETWORKS, has_weights, preset
 
+set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
+
 # %% [markdown]
+# | symbol | name in code | shape, range | meaning |
+# | --- | --- | --- | --- |
+# | $x_k$ | `value` | a number | what was logged at step $k$: a loss, a length of a gradient |
+# | $m_k$ | `shown[key]` | a number | its running mean, which is what is written down |
+# | $w$ | `weight` | 0 … 1, here .05 | how much of a new value goes into the mean |
+#
+# All symbols and words of the course: [GLOSSARY.md](GLOSSARY.md).
+#
 # ## Checkpoints
 #
 # A checkpoint is one file with everything that cannot be computed again: weights, their averages, the optimizers, the
@@ -121,6 +133,10 @@ except (RuntimeError, EOFError) as error:
 # only then renamed. Renaming is one act for the file system: before it there is no such checkpoint, after it there is a
 # whole one. And the older ones go only when the new one is there. When the disk is full, the writing fails, the half is
 # removed, and what was there before is there still.
+#
+# Why `fsync`? A program that has written a file has handed it to the system, which keeps it in memory and writes it
+# when it sees fit. The *name* may reach the disk before the content. Then a power cut leaves a file of the right name
+# with nothing in it.
 
 # %%
 #| export
@@ -181,10 +197,32 @@ for step in (100, 200, 300):
 print([file.name for file in checkpoints(folder)])
 checkpoints(folder)[-1].write_bytes(b"not much is left")
 state = newest_checkpoint(folder, torch.device("cpu"), say=lambda text: None)
+print("goes on at step", state["step"])
 assert state["step"] == 200
 
 
 # %% [markdown]
+# And a disk that is full in the middle of writing, played by an object that fails when it is to be written:
+
+# %%
+class FullDisk:
+    """Raises what a full disk raises, in the middle of `torch.save`."""
+
+    def __reduce__(self):
+        raise OSError(28, "No space left on device")
+
+
+try:
+    save_checkpoint(folder, {"step": 400, "weights": torch.zeros(1000), "last": FullDisk()}, keep=2)
+except OSError as error:
+    print(str(error).split(";")[0].replace(str(folder), "..."), "...)")
+print("in the folder:", sorted(file.name for file in folder.glob("*step*")))
+assert newest_checkpoint(folder, torch.device("cpu"), say=lambda text: None)["step"] == 200
+
+
+# %% [markdown]
+# No half file, and nothing older is gone.
+#
 # How often? Each one costs the time of writing it, and the most that can be lost is what lies between two. In hours of
 # a machine it is easier to think in minutes, in an experiment in steps; both are understood.
 
@@ -226,8 +264,16 @@ print([minute for minute in range(45) if by_clock.due(1, 60 * minute)])
 # ## The history
 #
 # A loss of one batch says little: the next batch is another one. What is written down is a running mean,
-# $m \leftarrow m + 0.05\,(x - m)$, which forgets with a half-life of some fourteen steps. A number that is not finite
-# must not enter it: it would never leave again.
+#
+# $$m_k = m_{k-1} + w\,(x_k - m_{k-1}) = (1 - w)\, m_{k-1} + w\, x_k, \qquad w = .05.$$
+#
+# - *How long does it remember?* A value enters with the factor $w$ and is multiplied by $1 - w$ in every later step.
+#   After $k$ steps $(1 - w)^k$ of it is left, one half when $k = \ln \frac12 / \ln (1 - w) = 13.5$.
+# - *How calm is it?* If the $x_k$ are independent with variance $s^2$, the variance of the mean is the sum of the
+#   squared factors, $w^2 \sum_j (1 - w)^{2j} s^2 = \frac{w^2}{1 - (1 - w)^2} s^2 = \frac{w}{2 - w} s^2$: the spread is
+#   .16 of that of one batch.
+#
+# A number that is not finite must not enter it: it would never leave again.
 
 # %%
 #| export
@@ -256,14 +302,46 @@ shown, history = {}, {}
 for step, loss in enumerate(noisy):
     average(shown, {"loss": loss})
     record(history, {"step": step, "loss": float(shown["loss"])})
+plt.figure(figsize=(5, 1.6))
+plt.plot(noisy, ".", markersize=2, label="one batch")
+plt.plot(history["loss"], label="what is written down")
+plt.legend(fontsize=7)
+plt.xlabel("step")
+plt.show()
+
+pulse, noise = {"x": torch.tensor(1.0)}, {}
+for _ in range(14):
+    average(pulse, {"x": 0.0})  # a single value, forgotten
+spread = []
+for x in np.random.default_rng(1).normal(size=20_000):
+    average(noise, {"x": x})
+    spread.append(float(noise["x"]))
+print(f"left after 14 steps {float(pulse['x']):.2f}, by the formula {0.95**14:.2f}")
+print(f"spread {np.std(spread[200:]):.3f}, by the formula {(0.05 / 1.95) ** 0.5:.3f}")
+average(noise, {"x": math.nan})
+print("after a NaN:", "still finite" if math.isfinite(noise["x"]) else "spoiled")
 assert np.std(np.diff(history["loss"])) < 0.1 * np.std(np.diff(noisy))
+
+# %% [markdown]
+# A mean lags: where the loss falls, it shows what was true some steps ago. And a row that first has no value for a
+# number (a GAN sets in late) is padded with None, so that all lists have one length:
+
+# %%
+late = {}
+record(late, {"step": 0, "loss": 2.0})
+record(late, {"step": 20, "loss": 1.5, "disc_loss": 0.9})
+print(late)
 
 # %% [markdown]
 # ## The card of a run
 #
 # Weights without a history are worth half. `run.json` lies beside them and says, for every stage: with which settings
 # and seeds, on which machine, with which versions and which state of the code, how long, and how the numbers went. It
-# is written with every checkpoint, so that a run that is still going can be looked at.
+# with every checkpoint, so that a run that is still going can be looked at.
+#
+# What belongs on it? Ask what you will want to know in half a year: can I make these weights again (settings, seeds,
+# versions, the commit, and whether the code had changes that no commit holds)? Was the run any good (the history)? What
+# would it cost on my machine (minutes, hardware)?
 
 # %%
 #| export
@@ -317,6 +395,14 @@ def write_card(run: Path, stage: str, about: dict) -> None:
     """Put `about`, what there is to say of a stage, into the run's card, run.json; other stages stay."""
     stages = read_card(run) if (run / "run.json").exists() else {}
     write_json(run / "run.json", {"stages": {**stages, stage: about}})
+
+
+# %%
+write_card(folder / "run", "vae", {"steps": 100, "versions": versions()})
+write_card(folder / "run", "idm", {"steps": 50})
+card = read_card(folder / "run")
+print({stage: sorted(about) for stage, about in card.items()})
+assert card["vae"]["steps"] == 100 and "python" in card["vae"]["versions"]
 
 
 # %% [markdown]
@@ -373,11 +459,14 @@ def draw_stage(panels: np.ndarray, name: str, about: dict) -> None:
 
 # %%
 for name, shift in (("first", 0.0), ("second", 0.2)):
-    history = {"step": [0, 20, 40], "loss": [2.0, 1.2 - shift, 1.0 - shift], "norm": [5.0, 2.0, 1.0]}
+    history = {"step": [0, 20, 40], "loss": [2.0, 1.2 - shift, 1.0 - shift], "norm": [5.0, 2.0 - shift, 1.0]}
     held_out = {"step": [20, 40], "loss": [1.3 - shift, 1.2 - shift]}
     write_card(folder / name, "vae", {"history": history, "validation": held_out})
 image = draw_curves([folder / "first", folder / "second"], folder / "curves.png")
-print(image.name, plt.imread(image).shape)
+plt.figure(figsize=(4, 4.2), dpi=70)
+plt.imshow(plt.imread(image))
+plt.axis("off")
+plt.show()
 
 
 # %% [markdown]
@@ -485,7 +574,8 @@ def caption_font(text: str, width: int = 256) -> ImageFont.FreeTypeFont | ImageF
 
 
 # %% [markdown]
-# A sample line and the committed weights (or, without them, untrained ones that make nothing of it).
+# A loss does not say *what* is wrong, and a sheet not *how much*. So both are kept. A sample line and the committed
+# weights (or, without them, untrained ones that make nothing of it).
 
 # %%
 known = has_weights("classroom")
@@ -544,22 +634,41 @@ shutil.rmtree(folder)
 # %% [markdown]
 # ## Summary
 #
-# - A checkpoint is written beside the others, pressed onto the disk, and renamed: it is whole, or it is not there.
-# - Older checkpoints go only when the new one is there; a damaged one is passed over.
+# - A checkpoint is written beside the others, pressed onto the disk, and renamed: it is whole, or it is not there. A
+#   full disk in the middle left no half file and harmed nothing older.
+# - Older checkpoints go only when the new one is there; a damaged one is passed over (300 was, and 200 was taken).
+# - What is written down of a loss is a running mean: half of a value is forgotten after 13.5 steps, and the spread of
+#   single batches shrinks to .16.
 # - Weights travel with a card that says how they were made.
 # - Look at curves *and* at lines: neither tells the whole story.
+
+# %% [markdown]
+# ## Check yourself
 #
-# To try and to think about:
+# 1. Power goes while `torch.save` writes the temporary file. What lies in the folder, and what does a resumed run do?
+# 2. Why are the older checkpoints deleted *after* the new one was renamed, and not before, to make room?
+# 3. The running mean of a loss rises for twenty steps and comes back. What happened in the first of them, perhaps?
+# 4. A card says "commit 3f2a… + changes". What can you still repeat, and what not?
+# 5. "One step" looks good on a sheet and "20 steps" has wrong strokes. What does that say about the model?
 #
-# 1. How many hours of work can be lost if a checkpoint is written every 500 steps and a step takes 1.2 s? What does
-#    `--checkpoint-every 10min` change?
-# 2. Move `os.replace` of lesson 01's `written_whole` before its `fsync`. Which crash loses a checkpoint now, and why
-#    does no test notice?
+# <details><summary>Answers</summary>
+#
+# 1. The older checkpoints, whole, and a half file whose name begins with a dot. The run removes the half
+#    (`remove_unfinished`) and goes on from the newest whole one.
+# 2. If writing then failed there would be fewer checkpoints, or none. The price is room for one more.
+# 3. One batch with a very large loss: it enters with a twentieth, and halves every 13.5 steps.
+# 4. The settings, seeds and versions are known, the code is not: the changes are in no commit. Take such a run as a
+#    sketch.
+# 5. Its mean is right and its samples are not: it knows roughly what is there and invents the rest. It is young (or the
+#    line is hopeless); use fewer steps, or train on.
+#
+# </details>
 
 # %% [markdown]
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/12e_runs.ipynb](../exercises/12e_runs.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+# The same tasks without solutions: [exercises/12e_runs.ipynb](../exercises/12e_runs.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
 import math
@@ -572,11 +681,14 @@ from difftsr.exercises import check, near
 # %% [markdown]
 # ### 1 · What a power cut costs · ●○○ easy
 #
-# A checkpoint every `every` steps, a step of `seconds`. How many seconds of work does a power cut cost at worst, and how many on average? Then count the other price: the share of the time that goes into writing, when one checkpoint takes `writing` seconds.
+# A checkpoint every `every` steps, a step of `seconds`. How many seconds of work does a power cut cost at worst, and
+# how many on average? Then count the other price: the share of the time that goes into writing, when one checkpoint
+# takes `writing` seconds.
 #
 # <details><summary>Hint</summary>
 #
-# At worst all steps since the last checkpoint; on average half of them. The share is writing / (every · seconds + writing).
+# At worst all steps since the last checkpoint; on average half of them. The share is writing / (every · seconds +
+# writing).
 #
 # </details>
 
@@ -602,7 +714,9 @@ check({
 # %% [markdown]
 # ### 2 · A calmer curve · ●●○ medium
 #
-# A loss jumps from batch to batch. Write the running mean $m_k = (1 - w)\, m_{k-1} + w\, x_k$ with $m_0 = 0$, and divide it by $1 - (1 - w)^k$, so that the first values are not drawn towards 0. A value that is not finite (one bad batch) is left out and repeats the last mean.
+# A loss jumps from batch to batch. Write the running mean $m_k = (1 - w)\, m_{k-1} + w\, x_k$ with $m_0 = 0$, and
+# divide it by $1 - (1 - w)^k$, so that the first values are not drawn towards 0. A value that is not finite (one bad
+# batch) is left out and repeats the last mean.
 #
 # <details><summary>Hint</summary>
 #
@@ -638,11 +752,14 @@ check({
 # %% [markdown]
 # ### 3 · Which checkpoints to keep · ●●● hard
 #
-# Disks are small. Of the steps at which checkpoints lie, keep the newest `recent` and, of the rest, those that are the last one at or before a multiple of `each` (so that one can go back to any stage of the run). Never delete the only one. Return the steps to *delete*, in order.
+# Disks are small. Of the steps at which checkpoints lie, keep the newest `recent` and, of the rest, those that are the
+# last one at or before a multiple of `each` (so that one can go back to any stage of the run). Never delete the only
+# one. Return the steps to *delete*, in order.
 #
 # <details><summary>Hint</summary>
 #
-# For every multiple of `each` up to the newest step, the largest step that is not above it. All others, less the newest `recent`, may go.
+# For every multiple of `each` up to the newest step, the largest step that is not above it. All others, less the newest
+# `recent`, may go.
 #
 # </details>
 
@@ -670,6 +787,22 @@ check({
         [900, 1900, 2100, 2900], 1, 1000) == [2100],
     "the only checkpoint is never deleted, whatever is asked": lambda: to_delete([700], 0, 1000) == [],
 })  # fmt: skip
+
+# %% [markdown]
+# ### Projects
+#
+# - How many hours of work can be lost if a checkpoint is written every 500 steps and a step takes 1.2 s? What does
+#   `--checkpoint-every 10min` change?
+# - Move `os.replace` of lesson 01's `written_whole` before its `fsync`. Which crash loses a checkpoint now, and why
+#   does no test notice?
+
+# %% [markdown]
+# ## References
+#
+# - T. S. Pillai et al., *All File Systems Are Not Created Equal: On the Complexity of Crafting Crash-Consistent
+#   Applications*, OSDI 2014: what a rename does and does not promise.
+# - M. Mitchell et al., *Model Cards for Model Reporting*, FAT* 2019, arXiv 1810.03993: what to write down about
+#   weights.
 
 # %% [markdown]
 # ## Where to go next
