@@ -2010,6 +2010,7 @@ except ValueError as error:
 # pixel that is there already.
 
 # %%
+# NBVAL_IGNORE_OUTPUT
 def green(image: np.ndarray) -> torch.Tensor:
     """One channel (H, W) in [0, 1], of a colour or of a gray image."""
     return torch.from_numpy(np.ascontiguousarray(image if image.ndim == 2 else image[..., 1])).double() / 255
