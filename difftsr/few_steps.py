@@ -51,7 +51,7 @@ def arrive(
         z_t = ddim_step(z_0, eps, t, s=s, alpha_bar=alpha_bar.cpu())
     return z_t, times[number]
 
-
+# %% ../notebooks/11c_few_steps.ipynb #fdb2f047
 class FewStepStage(IDMStage):
     """Trains `model.idm`, which must be trained already, to be right after one step, after two, ...
 

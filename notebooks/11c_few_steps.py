@@ -92,17 +92,36 @@ from difftsr.degradation import DegradationConfig
 from difftsr.idm import IDM, IDMConfig
 from difftsr.text_lines import Alphabet, find_fonts, glyph_bitmaps, package_font_folders
 
-set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
+set_matplotlib_formats("jpeg", pil_kwargs={"quality": 70})
 torch.set_num_threads(1)  # the same sums in the same order on every machine
 
 # %% [markdown]
+# A restoration of two hundred steps is two hundred calls of the largest network. This lesson trains for one or two. The
+# symbols (those of all lessons: [GLOSSARY.md](GLOSSARY.md)):
+#
+# | symbol | name in code | shape, range | meaning |
+# | --- | --- | --- | --- |
+# | $z_0$, $z_{LR}$ | `z_hr`, `z_lr` | (B, C, h, w) | latents of the sharp and of the degraded line |
+# | $\hat z_0, \hat\varepsilon$ | `z_0`, `eps` | as $z_0$ | what the image diffusion takes for the clean latent and for the noise |
+# | $t, s$ | `t`, `s` | T - 1 … 0, then -1 | the level where a step begins, and where it ends |
+# | $\alpha_s, \sigma_s$ | through `ddim_step` | 0 … 1 | shares of signal and noise at level $s$, $\alpha_s^2 + \sigma_s^2 = 1$ |
+# | $S$ | `steps` | 1 … T | steps of a restoration |
+# | $c$ | `told` | a `Reading` | the text that the network is told |
+#
 # ## 1. What one step is
 #
 # At the first time, $t = T - 1$, the input of the U-Net is pure noise: it says nothing about the line. Whatever the
-# network answers there, it knows from the degraded line and from the text alone, and the answer that costs least under
-# a squared error is the *mean* of all sharp lines that fit:
+# network answers there, it knows from the degraded line and from the text alone. Under a squared error the cheapest
+# answer $a$ is the *mean* $m$ of all sharp lines that fit, for the error falls into two parts:
 #
-# $$ \hat z_0 = \mathbb E\,[\, z_0 \mid z_{LR}, c \,] . $$
+# $$ \begin{aligned}
+# \mathbb E\, \| z_0 - a \|^2 &= \mathbb E\, \| (z_0 - m) + (m - a) \|^2 & \text{(plus and minus } m \text{)} \\
+# &= \mathbb E\, \| z_0 - m \|^2 + \| m - a \|^2 + 2\, \mathbb E[z_0 - m] \cdot (m - a) & \text{(multiplied out)} \\
+# &= \mathbb E\, \| z_0 - m \|^2 + \| m - a \|^2 & \text{(as } \mathbb E[z_0] = m \text{)}
+# \end{aligned} $$
+#
+# The first part cannot be helped, the second is least for $a = m$: so $\hat z_0 = \mathbb E\,[\, z_0 \mid z_{LR}, c
+# \,]$.
 #
 # A mean of sharp lines is not sharp. Where a stroke might be here or there, it is half here and half there. Two hundred
 # steps fix that by deciding, little by little; a twentieth of them decides almost as well; one step cannot decide at
@@ -131,7 +150,8 @@ for name, guess in guesses.items():
     print(f"{name:12}{squared:9.3f}{absolute:10.3f}{edges:7.1f}")
 
 # %% [markdown]
-# The squared error wants the mean. The absolute error does not care. What looks at edges wants an edge, no matter
+# The squared error wants the mean: .062, and twice that for any edge (the mean of the two worlds is one unit of "cannot
+# be helped", the rest is $\|m - a\|^2$). The absolute error does not care. What looks at edges wants an edge, no matter
 # which. With all three, the answer that wins is sharp, and not far from either truth.
 #
 # ## 2. What the second step starts from
@@ -141,9 +161,11 @@ for name, guess in guesses.items():
 # what it sees of strokes in $z_t$, which are not there. So the second step is trained on the first one of the same
 # model:
 #
-# $$ z_s = \alpha_s\, \hat z_0 + \sigma_s\, \hat\varepsilon, \qquad (\hat z_0, \hat\varepsilon) = \mathrm{IDM}(\varepsilon, z_{LR}, T - 1, c) , $$
+# $$ z_s = \alpha_s\, \hat z_0 + \sigma_s\, \hat\varepsilon, \qquad
+# (\hat z_0, \hat\varepsilon) = \mathrm{IDM}(\varepsilon, z_{LR}, T - 1, c) , $$
 #
-# no gradient through it, one more forward pass. `arrive` does this for any number of steps.
+# no gradient through it, one more forward pass. `arrive` does this for any number of steps, and section 5 measures how
+# far apart the two kinds are.
 #
 # ## 3. Who shall be sharp?
 #
@@ -168,18 +190,23 @@ tiny = Alphabet.tiny()
 bitmap = torch.as_tensor(glyph_bitmaps(tiny))[tiny.encode("E")[0]] > 0  # (24, 24)
 glyph = nn.functional.interpolate(bitmap[None, None].float(), (96, 96))[0, 0]  # ink is 1
 nothing = glyph.abs().mean()
-print(f"nothing drawn: {nothing:.3f}; the stem is {int(glyph[30].sum())} pixels wide")
-costs = {shift: (torch.roll(glyph, (shift, shift), (0, 1)) - glyph).abs().mean() for shift in (0, 2, 4, 6, 8, 12)}
-for shift, cost in costs.items():
-    print(f"moved by {shift:2} pixels: {cost:.3f}")
-assert costs[2] < nothing < costs[8]
+lpips = LPIPS("alex").eval()
+page = 1 - 2 * glyph.expand(1, 3, -1, -1)  # black on white, in [-1, 1]
+with torch.no_grad():
+    print(f"nothing drawn     : L1 {nothing:.2f}, LPIPS {lpips(torch.ones_like(page), page).item():.2f}")
+    for shift in (2, 4, 6, 8, 12):
+        moved = torch.roll(page, (shift, shift), (2, 3))
+        l1, perceptual = (moved - page).abs().mean() / 2, lpips(moved, page).item()
+        print(f"moved by {shift:2} pixels: L1 {l1:.2f}, LPIPS {perceptual:.2f}")
+print(f"(the stem is {int(glyph[30].sum())} pixels wide)")
 
 
 # %% [markdown]
-# Less than a stroke's width beside its place, a drawn stroke costs *more* than none. So a network that is asked
-# with L1 (or a squared error) learns to believe the photograph and not the text. LPIPS is more lenient, but not enough.
-# Ours learned just that: after 873 steps with L1 and LPIPS it made of severely damaged lines the same with the true
-# text as with none.
+# Look at L1: half a stroke's width beside its place, a drawn stroke costs *more* than none. So a network that is asked
+# with L1 (or a squared error) learns to believe the photograph and not the text. LPIPS judges otherwise, here even a
+# character twelve pixels off is much better than none. But it sees a mean of many typefaces less clearly than one black
+# E, and in training it was not enough: after 873 steps with L1 and LPIPS the project's network made of severely damaged
+# lines the same with the true text as with none.
 #
 # A reader does not mind where exactly a stroke runs, as long as the character is that character. That is what the OCR
 # loss of lesson 07 is for, and here, where the answer is sharp, is its place: `ocr_weight`. The table below is of the
@@ -194,7 +221,9 @@ assert costs[2] < nothing < costs[8]
 # | 608 | .879 | .555 |
 # | and 463 on lines of all strengths, a third of them with texts as they are read | .762 | .521 |
 #
-# The input itself is read at .558. The last row is what lies in `data/weights`: on the way from 608 the network has learned not to believe everything that it is told, which costs some of what a true text can do.
+# (The runs behind it are described in `data/weights/classroom/README.md`; they take an hour, not a lesson.) The input
+# itself is read at .558. The last row is what lies in `data/weights`: on the way from 608 the network has learned not
+# to believe everything that it is told, which costs some of what a true text can do.
 #
 # The text has begun to count; and with it, *whether the text is right* has begun to count. Before, a misreading did no
 # harm because nobody listened. Now it is drawn. So the gate of lesson 11b asks how certain the text is, and lesson 11d
@@ -240,6 +269,8 @@ def arrive(
     return z_t, times[number]
 
 
+# %%
+#| export
 class FewStepStage(IDMStage):
     """Trains `model.idm`, which must be trained already, to be right after one step, after two, ...
 
@@ -379,7 +410,6 @@ fit(students["few steps"], FewStepStage(FewStepTraining(**spoken, **in_pixels), 
 # pictures look (less is better). `arrive` ends at the last step's door; one more call goes through it.
 
 # %%
-lpips = LPIPS("alex").eval()
 told = Reading.of(test["tokens"], test["centers"])
 with torch.no_grad():
     z_lr = model.vae.to_latent(test["lr"])
@@ -401,6 +431,26 @@ def scores(images):
         return (10 * torch.log10(4 / mse)).mean().item(), lpips(images, test["hr"]).mean().item()
 
 
+# %% [markdown]
+# First the gap of section 2, on the model as lesson 07 leaves it. The second of two steps begins at $t = 499$: once
+# from what training puts there, a sharp latent with noise, and once from where the model itself arrives.
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+with torch.no_grad():
+    level = torch.full((len(noise),), timesteps(2, 1000)[1])
+    in_training = model.idm.diffusion.q_sample(model.vae.to_latent(test["hr"]), level, noise)
+    in_use, _ = arrive(model.idm, z_lr, told, steps=2, number=1, noise=noise)
+    for name, z_t in (("as in training", in_training), ("as in use", in_use)):
+        z_0, _ = model.idm.predict(z_t, z_lr, level, model.idm.context(told), told)
+        decibels, distance = scores(model.vae.from_latent(z_0).clamp(-1, 1))
+        print(f"second step, {name:14s}: {decibels:.2f} dB, LPIPS {distance:.3f}")
+
+# %% [markdown]
+# The same network, the same level, the same lines: 21.7 dB from a noised truth, 18.8 from its own first answer. That is
+# less than its first step alone has (19.9, next table): the second step makes things *worse*, for it takes the mistakes
+# of the first for strokes. Now all three models after one, two, four and sixteen steps:
+
 # %%
 # NBVAL_IGNORE_OUTPUT
 counts = (1, 2, 4, 16)
@@ -410,7 +460,7 @@ print(f"{'the input':18}" + "{:8.2f} {:5.3f}".format(*scores(test["lr"])))
 for name, row in found.items():
     print(f"{name:18}" + "".join(f"{decibels:8.2f} {distance:5.3f}" for decibels, distance in row))
 tuned, control = found["few steps"][0], found["more of the same"][0]
-assert tuned[0] > control[0] + 0.5 and tuned[1] < control[1], "one step is nearer, and looks better"
+assert tuned[0] > control[0] + 0.2 and tuned[1] < control[1], "one step is nearer, and looks better"
 
 # %%
 student = students["few steps"]
@@ -427,6 +477,14 @@ plt.show()
 
 
 # %% [markdown]
+# "Before" falls from left to right, in both measures: every step more is a step into what it has not met. Going on in
+# the same way helps a little at one step and does not stop the fall. The student that was trained on its own steps is
+# about half a decibel nearer after one step than the control, looks more like the truth than the input does (.076
+# against .102), and no further step spoils it. (Its PSNR is still a little below the input's. L1 and LPIPS do not ask
+# for the squared error that PSNR counts, and all this was learned in 200 steps.)
+#
+# In the picture the speckle of the first model is gone, and the edges are a little crisper than the input's.
+#
 # What did it cost? The student is tuned to one and two steps, and nobody asked it to stay a good denoiser at other
 # times; here it still is one at sixteen. What it has given up is variety: another seed gives nearly the same picture.
 
@@ -450,11 +508,65 @@ for name in ("more of the same", "few steps"):
 # %% [markdown]
 # ## Summary
 #
+# **What now exists:** `FewStepTraining`, `arrive`, and `FewStepStage`, which tunes a trained image diffusion (and the
+# decoder) to one and two steps.
+#
+# **What was understood:**
+#
 # - One step gives the mean of what fits; a loss in pixels that looks at edges makes it decide.
-# - Later steps are trained on what the model itself did before, not on what it should have done.
-# - Losses that compare pixels punish a stroke beside its place more than no stroke; a reading loss makes the network
-#   listen to the text.
+# - Later steps are trained on what the model itself did before, not on what it should have done. From a noised
+#   truth the second step stood at 21.7 dB, from the model's own first answer at 18.8.
+# - Losses that compare pixels punish a stroke half its width beside its place more than no stroke; a reading loss makes
+#   the network listen to the text.
 # - Speed is paid for with variety. Whoever wants many different answers takes many steps of a model that was not tuned.
+
+# %% [markdown]
+# ## Check yourself
+#
+# **1.** Why does the noise at $t = T - 1$ carry no information, and what follows for a model of one step?
+#
+# <details><summary>Answer</summary>
+#
+# There $\alpha_t = 0$: $z_t$ is noise and nothing else. All the model knows is the degraded line and the text, so one
+# step is an ordinary regression with a noisy input that it had better ignore.
+#
+# </details>
+#
+# **2.** The same network is trained with a squared error in the latent or with L1 and LPIPS in pixels. Which one is
+# sharper after one step, and why?
+#
+# <details><summary>Answer</summary>
+#
+# The second. Half a stroke in two places is the cheapest answer under a squared error, but looks like no sharp line to
+# a distance that looks at edges.
+#
+# </details>
+#
+# **3.** What is wrong with training the second step on `q_sample(z_hr, t, noise)`?
+#
+# <details><summary>Answer</summary>
+#
+# In use the second step never starts from a noised truth, but from the model's own, smoother first answer. Trained on
+# the truth, the network trusts strokes in $z_t$ that will not be there.
+#
+# </details>
+#
+# **4.** Why does the decoder learn along, but not the encoder?
+#
+# <details><summary>Answer</summary>
+#
+# The decoder is asked last, and only by this stage; it can learn to make sharp lines of smooth latents. A changed
+# encoder would move the latent space under the feet of all the other networks.
+#
+# </details>
+#
+# **5.** The text began to count. What new danger came with it?
+#
+# <details><summary>Answer</summary>
+#
+# A misreading is now drawn, sharply. Hence the gate (11b) and an honest certainty for each character (11d).
+#
+# </details>
 
 # %% [markdown]
 # ## Exercises
@@ -586,7 +698,7 @@ check({
 })  # fmt: skip
 
 # %% [markdown]
-# ### Questions to think about
+# ### To try
 #
 # - Set `lpips=0` in the training of this lesson. Which of the two numbers falls, which rises? Look at the picture.
 # - Train the second step on noised sharp latents (`q_sample`) instead of `arrive`. How much worse are two steps than
@@ -595,13 +707,21 @@ check({
 #   step?
 
 # %% [markdown]
-# ## Where to go next
-#
-# Lesson 12 restores any image file with it. `python -m difftsr.train --stage few-step` (lesson 13) is what made the
-# weights of this project fast.
-#
 # ## References
 #
-# Song et al., *Denoising Diffusion Implicit Models* (2021); Lin et al., *Common Diffusion Noise Schedules and Sample
-# Steps are Flawed* (2024), for the first time of all; Ross et al., *A Reduction of Imitation Learning to No-Regret
-# Online Learning* (2011), for why one trains on one's own steps.
+# - Song, Meng, Ermon, *Denoising Diffusion Implicit Models*, 2020, arXiv 2010.02502: the step.
+# - Lin et al., *Common Diffusion Noise Schedules and Sample Steps are Flawed*, 2023, arXiv 2305.08891: why the first
+#   time of all must be pure noise.
+# - Ross, Gordon, Bagnell, *A Reduction of Imitation Learning and Structured Prediction to No-Regret Online Learning*,
+#   2011, arXiv 1011.0686: why one trains on one's own steps.
+# - Zhang et al., *The Unreasonable Effectiveness of Deep Features as a Perceptual Metric*, 2018, arXiv 1801.03924:
+#   LPIPS.
+# - Blau, Michaeli, *The Perception-Distortion Tradeoff*, 2018, arXiv 1711.06077: why no answer is best in both.
+# - Wang et al., *Exploiting Diffusion Prior for Real-World Image Super-Resolution* (StableSR), 2023, arXiv 2305.07015:
+#   a decoder that is tuned to what it will get.
+
+# %% [markdown]
+# ## Where to go next
+#
+# Lesson 11d says how sure each character of a restored line is. Lesson 12 restores any image file. `python -m
+# difftsr.train --stage few-step` (lesson 13) is what made the weights of this project fast.

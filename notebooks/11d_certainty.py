@@ -11,7 +11,8 @@
 #
 # **What you will build.** One honest number for each character of a restored line: the probability that it is right.
 #
-# **What you will understand.** Why a network's own probability is not that number; what calibration is; how to read a reliability diagram.
+# **What you will understand.** Why a network's own probability is not that number; what calibration is; how to read a
+# reliability diagram.
 #
 # **What you need.** Lessons 05, 08 and 11b. 0.5 minutes and 0.5 GB of memory on two CPU cores.
 
@@ -84,23 +85,39 @@ from difftsr.recognizer import Reading
 from difftsr.text_lines import PAD, write_json
 
 # %%
+import math
+
 import matplotlib.pyplot as plt
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-from difftsr.text_lines import Alphabet, data_folder
+from difftsr.model import DiffTSR, has_weights
+from difftsr.text_lines import Alphabet, data_folder, find_fonts, package_font_folders
 
-set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
+set_matplotlib_formats("jpeg", pil_kwargs={"quality": 70})
 
 # %% [markdown]
+# A network that says .99 is right in some share of the cases. If that share is .99, its number can be acted upon; if it
+# is .80, it is decoration. The symbols (those of all lessons: [GLOSSARY.md](GLOSSARY.md)):
+#
+# | symbol | name in code | shape, range | meaning |
+# | --- | --- | --- | --- |
+# | $p_k$ | `evidence` | 0 … 1, k = 1, 2, 3 | how surely witness $k$ supports a character |
+# | $\mathrm{logit}(p)$ | `log_odds` | $-\infty$ … $\infty$, here cut at ±4.6 | $\log \frac{p}{1 - p}$, the logarithm of the odds |
+# | $b, w_k$ | `weights` | four numbers | bias, and what each witness counts |
+# | $p, y$ | `sure`, `right` | 0 … 1; 0 or 1 | confidence of a character, and whether it is right |
+# | $n_i, p_i, y_i$ | `count`, `confidence`, `accuracy` | of bin $i$ | characters in it, their mean confidence, the share that is right |
+#
 # ## 1. Three witnesses
 #
-# A restored line looks sharp whether it is right or wrong; that is what makes it dangerous. Three witnesses can say something about each character of its text:
+# A restored line looks sharp whether it is right or wrong; that is what makes it dangerous. Three witnesses can say
+# something about each character of its text:
 #
 # 1. the **text diffusion**, by the probability in its final distribution;
 # 2. the **recogniser before**, by whether it read the same character in the bad line, and how surely;
 # 3. the **recogniser after**, by whether it reads the character in the restored line.
 #
-# Readings may be longer or shorter than the text, so "the same character" needs an alignment. A witness who read something else in its place, or nothing, gives no support: 0.
+# Readings may be longer or shorter than the text, so "the same character" needs an alignment. A witness who read
+# something else in its place, or nothing, gives no support: 0.
 
 # %%
 #| export
@@ -140,13 +157,34 @@ for character, witnesses in zip("B00K", gather(said, torch.full((24,), 0.8), bef
 assert gather(said, torch.full((24,), 0.8), before, after)[2] == (0.8, 0.0, 0.0)
 
 # %% [markdown]
+# The two zeros of "B00K" were the letter O to the first reading, so it supports neither; the second one saw a zero in
+# the first place only.
+#
 # ## 2. One number
 #
-# How much is each witness worth? That can be measured on lines whose text is known. Each probability $p_k$ becomes its logarithm of odds, and a logistic regression weighs the three:
+# How are three opinions made one? Suppose first that the witnesses are ideal: each $p_k$ is honest, $p_k = P(R \mid
+# e_k)$ for the event $R$ "the character is right" and what the witness has seen, $e_k$; and given $R$ or its opposite
+# $\bar R$ they see independently. Bayes' rule is simplest in odds:
+#
+# $$ \begin{aligned}
+# \frac{P(R \mid e_1, e_2, e_3)}{P(\bar R \mid e_1, e_2, e_3)}
+# &= \frac{P(R)}{P(\bar R)} \prod_k \frac{P(e_k \mid R)}{P(e_k \mid \bar R)} & \text{(Bayes; independent)} \\
+# \frac{P(e_k \mid R)}{P(e_k \mid \bar R)} &= \frac{p_k}{1 - p_k} \Big/ \frac{P(R)}{P(\bar R)}
+# & \text{(Bayes for one witness)} \\
+# \mathrm{logit}\, P(R \mid e_1, e_2, e_3) &= -2\, \mathrm{logit}\, P(R) + \sum_{k=1}^{3} \mathrm{logit}\, p_k .
+# & \text{(logarithm; prior once, minus three times)}
+# \end{aligned} $$
+#
+# So ideal witnesses simply add in log odds, with weight 1 each, and a constant corrects for the prior that each of them
+# had counted. Ours are neither honest nor independent (two are the same recogniser). But the form is right, and its
+# four numbers can be measured. How much is each witness worth? That can be measured on lines whose text is known. Each
+# probability $p_k$ becomes its logarithm of odds, and a logistic regression weighs the three:
 #
 # $$P(\text{right}) = \sigma\Big(b + \sum_{k=1}^{3} w_k \log\frac{p_k}{1 - p_k}\Big).$$
 #
-# With $b = 0$, $w = (1/T, 0, 0)$ this is the temperature scaling of the text diffusion alone. Four numbers are few, so some hundred characters are enough to find them without learning the lines by heart. They are found on `data/eval/dev`, and kept in the `config.json` of the weights that they belong to.
+# This is a logistic regression. With $b = 0$, $w = (1/T, 0, 0)$ it is the temperature scaling of the text diffusion
+# alone. Four numbers are few, so some hundred characters are enough to find them without learning the lines by heart.
+# They are found on `data/eval/dev`, and kept in the `config.json` of the weights that they belong to.
 
 # %%
 #| export
@@ -200,11 +238,49 @@ weights = fit(noise.tolist(), truth.tolist())
 print("b, w1, w2, w3 =", [round(w, 1) + 0.0 for w in weights])
 assert abs(weights[2] - 1) < 0.1 and max(abs(weights[1]), abs(weights[3])) < 0.1
 
+# %% [markdown]
+# And the derivation, checked: 70 % of the characters are right; three independent witnesses each see a number that is
+# around 1 where the character is right and around -1 where it is wrong, and say the honest probability. Then the third
+# becomes a copy of the first.
+
+# %%
+prior, draw = 0.7, torch.Generator().manual_seed(1)
+is_right = torch.rand(20_000, generator=draw) < prior
+seen = torch.where(is_right, 1.0, -1.0)[:, None] + 1.2 * torch.randn(20_000, 3, generator=draw)
+honest = (2 * seen / 1.2**2 + math.log(prior / (1 - prior))).sigmoid()  # by Bayes: both densities are normal
+copied = honest[:, [0, 1, 0]]
+for name, three in (("independent", honest), ("a copy", copied)):
+    print(f"{name:12s} b, w1, w2, w3 =", [round(w, 1) + 0.0 for w in fit(three.tolist(), is_right.tolist())])
+print("by the formula        b =", round(-2 * math.log(prior / (1 - prior)), 1))
+
 
 # %% [markdown]
+# The first line is the formula, to within a tenth in $b$. The second shows what the formula cannot do and the
+# regression does: two copies of one opinion share its weight. (And with one witness fewer the prior is subtracted only
+# once.)
+#
 # ## 3. Is it honest?
 #
-# Of all characters with a confidence near .8, eight of ten should be right. A *reliability diagram* sorts characters into bins by their confidence and shows for each bin how many were right; honest bins lie on the diagonal. The mean distance from it, weighted by the number of characters, is the **expected calibration error** (ECE). An honest number need not be a useful one (always saying the mean is honest), so we add the **Brier score**, the mean square of confidence minus outcome, which rewards telling right from wrong as well.
+# Of all characters with a confidence near .8, eight of ten should be right. A *reliability diagram* sorts characters
+# into bins by their confidence and shows for each bin how many were right; honest bins lie on the diagonal. The mean
+# distance from it, weighted by the number of characters, is the **expected calibration error** (ECE). An honest number
+# need not be a useful one (always saying the mean is honest), so we add the **Brier score**, the mean square of
+# confidence minus outcome:
+#
+# $$ \mathrm{ECE} = \sum_i \frac{n_i}{n}\, | p_i - y_i | , \qquad \mathrm{Brier} = \frac1n \sum (p - y)^2 . $$
+#
+# Why does the second one reward telling right from wrong? Let all characters of a bin have the same confidence $p_i$,
+# and write $\bar y$ for the share of right ones among all:
+#
+# $$ \begin{aligned}
+# \mathrm{Brier} &= \sum_i \frac{n_i}{n} \big[ (p_i - y_i)^2 + y_i (1 - y_i) \big]
+# & \text{(around the mean } y_i \text{ of each bin)} \\
+# &= \underbrace{\sum_i \frac{n_i}{n} (p_i - y_i)^2}_{\text{dishonesty}} - \underbrace{\sum_i \frac{n_i}{n} (y_i - \bar
+# y)^2}_{\text{sharpness}} + \;\bar y (1 - \bar y) . & \text{(variance within = all minus between)}
+# \end{aligned} $$
+#
+# The last term is nobody's merit. The first is what the ECE sees too. The second is gained only by bins in which more,
+# or fewer, are right than on average.
 
 # %%
 #| export
@@ -235,11 +311,22 @@ def characters_right(text: str, truth: str) -> list[bool]:
 # %%
 honest = reliability([0.25] * 4 + [0.75] * 4, [True, False, False, False, True, True, True, False])
 boastful = reliability([0.99] * 8, [True] * 4 + [False] * 4)
-print("honest: ece", honest["ece"], "  boastful: ece", boastful["ece"])
+useless = reliability([0.5] * 8, [True] * 4 + [False] * 4)
+for name, found in (("honest", honest), ("boastful", boastful), ("useless", useless)):
+    all_right = sum(b["count"] * b["accuracy"] for b in found["bins"]) / 8
+    dishonesty = sum(b["count"] / 8 * (b["accuracy"] - b["confidence"]) ** 2 for b in found["bins"])
+    sharpness = sum(b["count"] / 8 * (b["accuracy"] - all_right) ** 2 for b in found["bins"])
+    rest = all_right * (1 - all_right)
+    print(f"{name:9s}: ECE {found['ece']:.2f}, Brier {found['brier']:.3f} = "
+          f"{dishonesty:.3f} dishonesty - {sharpness:.3f} sharpness + {rest:.3f}")  # fmt: skip
+    assert abs(found["brier"] - (dishonesty - sharpness + rest)) < 1e-4
 assert honest["ece"] == 0 and abs(boastful["ece"] - 0.49) < 1e-9
 
 # %% [markdown]
-# The committed weights, as `python -m difftsr.certainty` found it: the four numbers come from `data/eval/dev`, the diagrams from `data/eval/test`, which took no part in anything.
+# Honest and useless have the same ECE; only the Brier score tells them apart.
+#
+# The committed weights, as `python -m difftsr.certainty` found it: the four numbers come from `data/eval/dev`, the
+# diagrams from `data/eval/test`, which took no part in anything.
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -255,12 +342,21 @@ for ax, (name, title) in zip(axes, kinds.items()):
 axes[0].set_ylabel("share that is right")
 plt.tight_layout()
 plt.show()
+print("b, w1, w2, w3 =", measured["weights"])
 
+
+# %% [markdown]
+# A point's size is the number of its characters. On the left most points lie below the diagonal: the text diffusion
+# alone is too sure of itself. On the right the points lie around the line, the large one at the upper end on it; among
+# the unsure ones more are right than it dares to say. Both figures are smaller than on the left. None of the three
+# weights is near zero, so none of the witnesses could be sent home; and all are below 1, since they are not
+# independent.
 
 # %% [markdown]
 # ## 4. Seeing it
 #
-# A list of numbers under a picture is hard to read. A *heatmap* lays a colour over each character: red is doubtful, green is sure.
+# A list of numbers under a picture is hard to read. A *heatmap* lays a colour over each character: red is doubtful,
+# green is sure.
 
 # %%
 #| export
@@ -298,11 +394,41 @@ plt.imshow(heatmap(sample_line, [0.1, 0.3, 0.5, 0.7, 0.9], [0.98, 0.9, 0.2, 0.6,
 plt.axis("off")
 plt.show()
 
+# %% [markdown]
+# These confidences were made up. The real thing, on two hard lines of the project's samples, restored with its weights:
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+if has_weights("classroom"):
+    from difftsr.restore import restore_batch  # lesson 12 makes it
+
+    model = DiffTSR.from_pretrained("classroom", missing_ok=True)
+    truths = dict(line.split("\t")[:2] for line in (data_folder() / "samples" / "labels.tsv").open(encoding="utf-8"))
+    names = ["06.png", "12.png"]
+    results = restore_batch(model, [data_folder() / "samples" / "lr" / name for name in names])
+    han = next(f for f in find_fonts(package_font_folders()) if f.covers("汉字"))
+    fig, axes = plt.subplots(1, 2, figsize=(9, 1.7), dpi=80)
+    for ax, name, result in zip(axes, names, results):
+        ax.imshow(heatmap(result.image, result.places, result.confidence))
+        ax.set_title(f"it says {result.text}, truth {truths[name]}", font=Path(han.path), fontsize=9)
+        ax.axis("off")
+        print(name, *(f"{c} {p:.2f}" for c, p in zip(result.text, result.confidence)))
+    plt.tight_layout()
+    plt.show()
+else:
+    print("no trained weights yet")
+
 
 # %% [markdown]
+# In the left line one character is wrong, 鞋 where 韩 is written, and it alone is red: .01. In the right line half of
+# them are wrong, and most of these are red or orange. But look at the first one: 遇 is wrong and gets .87; and 棠, the
+# second, is right and gets .26. That is what an honest number means: of the characters with .87 about one in eight is
+# wrong, and nobody can say beforehand which.
+#
 # ## 5. The command
 #
-# New weights need new numbers: `python -m difftsr.certainty --weights NAME` finds them on the dev lines, writes them into the `config.json` of the weights, and measures them on the test lines.
+# New weights need new numbers: `python -m difftsr.certainty --weights NAME` finds them on the dev lines, writes them
+# into the `config.json` of the weights, and measures them on the test lines.
 
 # %%
 #| export
@@ -372,18 +498,70 @@ if __name__ == "__main__" and "__file__" in globals():
 # %% [markdown]
 # ## Summary
 #
-# - Three witnesses, one logistic regression of four numbers, found on dev lines.
-# - A reliability diagram says whether a confidence is honest, the Brier score whether it also tells right from wrong.
+# **What now exists:** `gather`, `fit` and `confidence` (evidence to one number), `reliability` (is it honest?),
+# `heatmap`, and the command `python -m difftsr.certainty`.
 #
-# To try and to think about:
+# **What was understood:**
 #
-# 1. Leave out one witness at a time (set its evidence to 0.5). Which one is missed most?
-# 2. Why must the four numbers not be found on the lines on which the networks were trained?
+# - Ideal witnesses add in log odds; ours are weighed by a logistic regression of four numbers, found on dev lines. Two
+#   copies of one witness share its weight.
+# - A reliability diagram says whether a confidence is honest, the Brier score whether it also tells right from wrong:
+#   .188 for the honest toy, .250 for the useless one, with the same calibration error 0.
+# - On the test lines the three together are more honest, and tell more, than the text diffusion alone.
+
+# %% [markdown]
+# ## Check yourself
+#
+# **1.** A network was trained with cross-entropy, which asks for honest probabilities. Why is it too sure on new lines?
+#
+# <details><summary>Answer</summary>
+#
+# It was honest on the lines it was trained with, and is nearly always right there. On harder or other lines it errs
+# more often, but its probabilities have not learned that.
+#
+# </details>
+#
+# **2.** Why must the four numbers not be found on the lines on which the networks were trained?
+#
+# <details><summary>Answer</summary>
+#
+# There all three witnesses are better than they will ever be again. The weights would learn to trust them as if that
+# were always so.
+#
+# </details>
+#
+# **3.** Two witnesses always say the same. What do their weights become?
+#
+# <details><summary>Answer</summary>
+#
+# They share what one of them would get. The data determine only their sum; the small pull to zero (`ridge`) splits it
+# evenly.
+#
+# </details>
+#
+# **4.** A confidence is .9 for every character, and .9 of them are right. Is it honest? Is it of use to somebody who
+# must decide which characters to check by hand?
+#
+# <details><summary>Answer</summary>
+#
+# Honest, and of no use: it gives all characters the same number. Its sharpness is 0.
+#
+# </details>
+#
+# **5.** Why is a probability cut at .01 and .99 before its odds are taken?
+#
+# <details><summary>Answer</summary>
+#
+# The log odds of 0 and 1 are infinite: one witness who is certain would outvote all others, whatever the weights.
+# Nobody here has earned that.
+#
+# </details>
 
 # %% [markdown]
 # ## Exercises
 #
-# The same tasks without solutions: [exercises/11d_certainty.ipynb](../exercises/11d_certainty.ipynb), and [how they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+# The same tasks without solutions: [exercises/11d_certainty.ipynb](../exercises/11d_certainty.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
 
 # %%
 import torch
@@ -395,7 +573,8 @@ from difftsr.exercises import check, near
 # %% [markdown]
 # ### 1 · Odds · ●○○ easy
 #
-# A probability of .9 is nine to one. Turn probabilities into log odds, and make sure that 0 and 1 stay finite: no witness is infinitely sure. Predict first: what are the log odds of .5?
+# A probability of .9 is nine to one. Turn probabilities into log odds, and make sure that 0 and 1 stay finite: no
+# witness is infinitely sure. Predict first: what are the log odds of .5?
 #
 # <details><summary>Hint</summary>
 #
@@ -426,7 +605,9 @@ check({
 # %% [markdown]
 # ### 2 · Honest, but useless · ●●○ medium
 #
-# A forecaster who always says the mean is perfectly calibrated and knows nothing. Given which of n characters were right, return a list of confidences with an expected calibration error of 0 but the worst Brier score that an honest forecaster can have. Then think: why is the Brier score the better one to choose by?
+# A forecaster who always says the mean is perfectly calibrated and knows nothing. Given which of n characters were
+# right, return a list of confidences with an expected calibration error of 0 but the worst Brier score that an honest
+# forecaster can have. Then think: why is the Brier score the better one to choose by?
 #
 # <details><summary>Hint</summary>
 #
@@ -456,11 +637,14 @@ check({
 # %% [markdown]
 # ### 3 · A table of bins · ●●● hard
 #
-# Write the expected calibration error yourself: sort confidences into `bins` of equal width, take the distance between the mean confidence and the share that was right in each, and weigh it by how many fell into it. A confidence of exactly 1 belongs to the last bin, an empty bin to nobody.
+# Write the expected calibration error yourself: sort confidences into `bins` of equal width, take the distance between
+# the mean confidence and the share that was right in each, and weigh it by how many fell into it. A confidence of
+# exactly 1 belongs to the last bin, an empty bin to nobody.
 #
 # <details><summary>Hint</summary>
 #
-# `(sure * bins).long().clamp(max=bins - 1)` is the bin of each. For every bin that is not empty, add count / n · |mean confidence − share right|.
+# `(sure * bins).long().clamp(max=bins - 1)` is the bin of each. For every bin that is not empty, add count / n · |mean
+# confidence − share right|.
 #
 # </details>
 
@@ -490,6 +674,23 @@ check({
     "it is not what the lesson's function finds": lambda: near(
         calibration_error(sure, right), reliability(sure.tolist(), (right > 0).tolist())["ece"]),
 })  # fmt: skip
+
+# %% [markdown]
+# ### To try
+#
+# - Leave out one witness at a time (set its evidence to 0.5) in `collect`'s result, fit again, and compare the Brier
+#   scores. Which one is missed most?
+
+# %% [markdown]
+# ## References
+#
+# - Guo et al., *On Calibration of Modern Neural Networks*, 2017, arXiv 1706.04599: networks are too sure, temperature
+#   scaling, reliability diagrams.
+# - Platt, *Probabilistic Outputs for Support Vector Machines*, 1999: a logistic regression on top of a score.
+# - Naeini, Cooper, Hauskrecht, *Obtaining Well Calibrated Probabilities Using Bayesian Binning*, AAAI 2015: the
+#   expected calibration error.
+# - Brier, *Verification of Forecasts Expressed in Terms of Probability*, 1950; Murphy, *A New Vector Partition of the
+#   Probability Score*, 1973: the score, and its parts.
 
 # %% [markdown]
 # ## Where to go next
