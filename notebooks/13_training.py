@@ -580,6 +580,32 @@ def latent_batches(
 
 
 # %% [markdown]
+# Sixteen lines by a tiny model, from the cache and encoded anew: how far apart are they, and what does a line take? And
+# what does the note do when a single weight is another one?
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+folder = Path("../out/lesson_13")
+shutil.rmtree(folder, ignore_errors=True)
+set_seed(0)
+tiny = DiffTSR(preset("tiny")).eval()
+lines = open_source("synthetic", tiny.alphabet, tiny.config.image_size, seed=0)
+cached = CachedLatents.build(folder / "cache", tiny, lines, 16, 0, data="synthetic")
+
+# %%
+hr = next(make_loader(lines, 32, seed=0))["hr"][:16]
+with torch.no_grad():
+    apart = (cached.batch(np.arange(16))["z_hr"] - tiny.vae.to_latent(hr)).abs().max().item()
+bytes_a_line = sum(array[0].nbytes for array in cached.arrays.values())
+print(f"largest difference of a latent {apart:.4f}")
+print(f"{bytes_a_line:,} bytes a line; its two pictures in float32 take {2 * hr[0].nbytes:,}")
+before = fingerprint(tiny.vae)
+next(tiny.vae.parameters()).data.view(-1)[0] += 1e-3
+print("one weight moved by a thousandth: the same cache?", fingerprint(tiny.vae) == before)
+assert apart < 2e-3 and fingerprint(tiny.vae) != before
+
+
+# %% [markdown]
 # ## Where the weights come from
 #
 # A stage needs frozen networks with weights, and a trained network to begin with. For each frozen one the first of
@@ -668,6 +694,15 @@ def starting_config(config: TrainConfig, stage: str, sources: list[Path]):
     if config.prediction:
         return replace(chosen, idm=replace(chosen.idm, prediction=config.prediction))
     return chosen
+
+
+# %%
+try:
+    starting_model(TrainConfig("idm", "tiny", folder / "nothing"), "idm", say=lambda text: None)
+except ValueError as error:
+    print(error)
+vae_only = TrainConfig("vae", "tiny", folder / "nothing")
+print("stage vae needs nothing; still random:", ", ".join(starting_model(vae_only, "vae").untrained))
 
 
 # %% [markdown]

@@ -1188,7 +1188,7 @@ print(f"checkpoint {row['checkpoint_gb']} GB; peak memory of the conversion {row
 # 3. Two alphabets have the same 6,735 characters in another order. Which check of this lesson notices?
 # 4. Why must released weights be sampled with an unscaled $z_{LR}$, although that is a mistake?
 # 5. With $S = 1000$ steps, what would handing over the index instead of $t$ change?
-# 6. All recordings agree to 1e-5. Does that prove that a wrong epsilon in one norm would be found?
+# 6. All recordings agree within their tolerances. Does that prove that a wrong epsilon in one norm would be found?
 #
 # <details><summary>Answers</summary>
 #
