@@ -195,12 +195,12 @@ show({"sharp": list(examples["z_hr"]), "degraded": list(examples["z_lr"])}, exam
 # **Why.** By induction. Suppose it holds at $t - 1$, with some standard normal $\varepsilon'$. Then, line by line:
 #
 # $$ \begin{aligned}
-# z_t &= \sqrt{1 - \beta_t}\; z_{t-1} + \sqrt{\beta_t}\; \varepsilon_t & \text{(one step)} \\
+# z_t &= \sqrt{1 - \beta_t}\; z_{t-1} + \sqrt{\beta_t}\; \varepsilon_t && \text{(one step)} \\
 # &= \sqrt{1 - \beta_t} \left( \sqrt{\bar\alpha_{t-1}}\; z_0 + \sqrt{1 - \bar\alpha_{t-1}}\; \varepsilon' \right) +
-# \sqrt{\beta_t}\; \varepsilon_t & \text{(what we supposed)} \\
+# \sqrt{\beta_t}\; \varepsilon_t && \text{(what we supposed)} \\
 # &= \sqrt{\bar\alpha_t}\; z_0 + \left( \sqrt{(1 - \beta_t)(1 - \bar\alpha_{t-1})}\; \varepsilon' + \sqrt{\beta_t}\;
-# \varepsilon_t \right) & \text{(as } \bar\alpha_t = (1 - \beta_t)\, \bar\alpha_{t-1} \text{)} \\
-# &= \sqrt{\bar\alpha_t}\; z_0 + \sqrt{1 - \bar\alpha_t}\; \varepsilon . & \text{(see below)}
+# \varepsilon_t \right) && \text{(as } \bar\alpha_t = (1 - \beta_t)\, \bar\alpha_{t-1} \text{)} \\
+# &= \sqrt{\bar\alpha_t}\; z_0 + \sqrt{1 - \bar\alpha_t}\; \varepsilon . && \text{(see below)}
 # \end{aligned} $$
 #
 # The last line: a sum of independent normal variables is normal, and their variances add, $(1 - \beta_t)(1 -
@@ -1410,8 +1410,8 @@ else:
     print("no trained weights of the image diffusion yet")
 
 # %% [markdown]
-# Look into the letters: the coloured speckle of the degraded line is gone from the one-step estimates. On so mild a line
-# you cannot see what the text adds; lesson 11c measures it where it matters, on severely damaged ones.
+# Look into the letters: the coloured speckle of the degraded line is gone from the one-step estimates. On so mild a
+# line you cannot see what the text adds; lesson 11c measures it where it matters, on severely damaged ones.
 
 # %% [markdown]
 # ## Summary

@@ -606,8 +606,25 @@ tdm_history = train(TDMStage(TDMTraining(learning_rate=3e-3), model), model, 130
 assert idm_history[-1]["loss"] < idm_history[0]["loss"] and tdm_history[-1]["loss"] < tdm_history[0]["loss"]
 
 # %% [markdown]
-# Both losses have fallen. Now the joint stage; before it, `initialise` copies the IDM's text encoder.
-#
+# Both losses have fallen. Now the joint stage; before it, `initialise` copies the IDM's text encoder. The promise of
+# section 3 first: at step 0 the joined model says what the two said alone.
+
+# %%
+stage = MoMStage(MoMTraining(learning_rate=3e-3), model)
+stage.initialise(model)
+with torch.no_grad():
+    model.eval()
+    lines, level = towns(4, torch.Generator().manual_seed(8)), torch.full((4,), 600)
+    reading, z_lr = lines["reading"], lines["z_lr"]
+    c_t, z_t = lines["tokens"], torch.randn_like(z_lr)
+    log_p0, prediction = joint_step(model, c_t, z_t, z_lr, level, reading)
+    alone = model.tdm(c_t, level, model.tdm.context(reading.features, z_lr), reading).log_softmax(1)
+    believed = top_reading(alone, reading)
+    assert torch.equal(log_p0, alone)
+    assert torch.equal(prediction, model.idm(z_t, z_lr, level, model.idm.context(believed), believed))
+print("the text diffusion and the image diffusion are unchanged, bit for bit")
+
+# %% [markdown]
 # > **The released code, row 8: how much the text weighs.** $L = L_{IDM} + \lambda L_{TDM}$ with $\lambda = 1$ in the
 # > paper's words, 0.1 in the code. Here it is `MoMTraining.text_weight`, 1 by default, and 0.1 in
 # > `MoMTraining.paper()`.
@@ -616,8 +633,6 @@ assert idm_history[-1]["loss"] < idm_history[0]["loss"] and tdm_history[-1]["los
 # gradients:
 
 # %%
-stage = MoMStage(MoMTraining(learning_rate=3e-3), model)
-stage.initialise(model)
 train_only(model, "mom")
 
 

@@ -130,11 +130,11 @@ set_matplotlib_formats("jpeg", pil_kwargs={"quality": 65})  # noise as PNG would
 # **Deriving the step.** Let $z_s$ be made of the two things it may know, and of fresh noise $\epsilon'$:
 #
 # $$ \begin{aligned}
-# z_s &= a\, z_0 + b\, z_t + \sigma \epsilon' & \text{(our choice: linear)} \\
+# z_s &= a\, z_0 + b\, z_t + \sigma \epsilon' && \text{(our choice: linear)} \\
 # &= a\, z_0 + b \left( \sqrt{\bar\alpha_t}\, z_0 + \sqrt{1 - \bar\alpha_t}\; \epsilon \right) + \sigma \epsilon'
-# & \text{(the marginal of } z_t \text{)} \\
+# && \text{(the marginal of } z_t \text{)} \\
 # &= (a + b \sqrt{\bar\alpha_t})\, z_0 + \left( b \sqrt{1 - \bar\alpha_t}\; \epsilon + \sigma \epsilon' \right) .
-# & \text{(sorted)}
+# && \text{(sorted)}
 # \end{aligned} $$
 #
 # The marginal at $s$ asks for $\sqrt{\bar\alpha_s}$ before $z_0$, and for $1 - \bar\alpha_s$ as the variance of the
@@ -220,12 +220,13 @@ def ddim_step(
 # are what stands before $-z_s^2 / 2$; its mean weighs both by their precision:
 #
 # $$ \begin{aligned}
-# \frac1{\sigma^2} &= \frac{\alpha}{1 - \alpha} + \frac{1}{1 - \bar\alpha_s} & \text{(precisions add)} \\
+# \frac1{\sigma^2} &= \frac{\alpha}{1 - \alpha} + \frac{1}{1 - \bar\alpha_s} && \text{(precisions add)} \\
 # &= \frac{\alpha (1 - \bar\alpha_s) + 1 - \alpha}{(1 - \alpha)(1 - \bar\alpha_s)}
-# = \frac{1 - \bar\alpha_t}{(1 - \alpha)(1 - \bar\alpha_s)} & \text{(as } \alpha \bar\alpha_s = \bar\alpha_t \text{)} \\
+# = \frac{1 - \bar\alpha_t}{(1 - \alpha)(1 - \bar\alpha_s)}
+# && \text{(as } \alpha \bar\alpha_s = \bar\alpha_t \text{)} \\
 # \text{mean} &= \sigma^2 \left( \frac{\sqrt\alpha}{1 - \alpha}\, z_t +
 # \frac{\sqrt{\bar\alpha_s}}{1 - \bar\alpha_s}\, z_0 \right) .
-# & \text{(what stands before } z_s \text{, times } \sigma^2 \text{)}
+# && \text{(what stands before } z_s \text{, times } \sigma^2 \text{)}
 # \end{aligned} $$
 #
 # That $\sigma^2 = \frac{1 - \bar\alpha_s}{1 - \bar\alpha_t} (1 - \alpha)$ is the one above with $\eta = 1$. Is the mean
@@ -351,9 +352,9 @@ print("the true noise leads back to z0, whatever the number of steps")
 #
 # $$ \begin{aligned}
 # \mathbb E[z_0 \mid z_t] &= \mathbb E[z_0] + \frac{\mathrm{Cov}(z_0, z_t)}{\mathrm{Var}(z_t)}\, (z_t - \mathbb E[z_t])
-# & \text{(jointly normal)} \\
+# && \text{(jointly normal)} \\
 # &= m + \frac{\sqrt{\bar\alpha_t}\, v}{\bar\alpha_t v + 1 - \bar\alpha_t}\, (z_t - \sqrt{\bar\alpha_t}\, m) .
-# & \text{(put in } z_t = \sqrt{\bar\alpha_t}\, z_0 + \sqrt{1 - \bar\alpha_t}\, \epsilon \text{)}
+# && \text{(put in } z_t = \sqrt{\bar\alpha_t}\, z_0 + \sqrt{1 - \bar\alpha_t}\, \epsilon \text{)}
 # \end{aligned} $$
 #
 # We give this oracle a conditional standard deviation of .3: the LR image tells most of $z_0$, but not all. A perfect
@@ -459,12 +460,12 @@ print("left of 0.5:", {eta: round(left_of_a_mistake(eta), 3) for eta in (0.0, 0.
 # \bar\alpha_t}$, $\lambda = \log(\sqrt{\bar\alpha} / \sigma)$, and $h = \lambda_s - \lambda_t$:
 #
 # $$ \begin{aligned}
-# z_s &= \sqrt{\bar\alpha_s}\, \hat z_0 + \sigma_s\, \hat\epsilon & \text{(DDIM)} \\
+# z_s &= \sqrt{\bar\alpha_s}\, \hat z_0 + \sigma_s\, \hat\epsilon && \text{(DDIM)} \\
 # &= \sqrt{\bar\alpha_s}\, \hat z_0 + \sigma_s\, \frac{z_t - \sqrt{\bar\alpha_t}\, \hat z_0}{\sigma_t}
-# & \text{(} \hat\epsilon \text{ from the forward equation)} \\
+# && \text{(} \hat\epsilon \text{ from the forward equation)} \\
 # &= \frac{\sigma_s}{\sigma_t}\, z_t + \sqrt{\bar\alpha_s} \left( 1 - \frac{\sqrt{\bar\alpha_t}\,
-# \sigma_s}{\sqrt{\bar\alpha_s}\, \sigma_t} \right) \hat z_0 & \text{(sorted)} \\
-# &= \frac{\sigma_s}{\sigma_t}\, z_t + \sqrt{\bar\alpha_s}\, (1 - e^{-h})\, \hat z_0 . & \text{(the fraction is }
+# \sigma_s}{\sqrt{\bar\alpha_s}\, \sigma_t} \right) \hat z_0 && \text{(sorted)} \\
+# &= \frac{\sigma_s}{\sigma_t}\, z_t + \sqrt{\bar\alpha_s}\, (1 - e^{-h})\, \hat z_0 . && \text{(the fraction is }
 # e^{\lambda_t} e^{-\lambda_s} \text{)}
 # \end{aligned} $$
 #

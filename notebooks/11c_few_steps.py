@@ -115,9 +115,9 @@ torch.set_num_threads(1)  # the same sums in the same order on every machine
 # answer $a$ is the *mean* $m$ of all sharp lines that fit, for the error falls into two parts:
 #
 # $$ \begin{aligned}
-# \mathbb E\, \| z_0 - a \|^2 &= \mathbb E\, \| (z_0 - m) + (m - a) \|^2 & \text{(plus and minus } m \text{)} \\
-# &= \mathbb E\, \| z_0 - m \|^2 + \| m - a \|^2 + 2\, \mathbb E[z_0 - m] \cdot (m - a) & \text{(multiplied out)} \\
-# &= \mathbb E\, \| z_0 - m \|^2 + \| m - a \|^2 & \text{(as } \mathbb E[z_0] = m \text{)}
+# \mathbb E\, \| z_0 - a \|^2 &= \mathbb E\, \| (z_0 - m) + (m - a) \|^2 && \text{(plus and minus } m \text{)} \\
+# &= \mathbb E\, \| z_0 - m \|^2 + \| m - a \|^2 + 2\, \mathbb E[z_0 - m] \cdot (m - a) && \text{(multiplied out)} \\
+# &= \mathbb E\, \| z_0 - m \|^2 + \| m - a \|^2 && \text{(as } \mathbb E[z_0] = m \text{)}
 # \end{aligned} $$
 #
 # The first part cannot be helped, the second is least for $a = m$: so $\hat z_0 = \mathbb E\,[\, z_0 \mid z_{LR}, c

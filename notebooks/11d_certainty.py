@@ -168,11 +168,11 @@ assert gather(said, torch.full((24,), 0.8), before, after)[2] == (0.8, 0.0, 0.0)
 #
 # $$ \begin{aligned}
 # \frac{P(R \mid e_1, e_2, e_3)}{P(\bar R \mid e_1, e_2, e_3)}
-# &= \frac{P(R)}{P(\bar R)} \prod_k \frac{P(e_k \mid R)}{P(e_k \mid \bar R)} & \text{(Bayes; independent)} \\
+# &= \frac{P(R)}{P(\bar R)} \prod_k \frac{P(e_k \mid R)}{P(e_k \mid \bar R)} && \text{(Bayes; independent)} \\
 # \frac{P(e_k \mid R)}{P(e_k \mid \bar R)} &= \frac{p_k}{1 - p_k} \Big/ \frac{P(R)}{P(\bar R)}
-# & \text{(Bayes for one witness)} \\
+# && \text{(Bayes for one witness)} \\
 # \mathrm{logit}\, P(R \mid e_1, e_2, e_3) &= -2\, \mathrm{logit}\, P(R) + \sum_{k=1}^{3} \mathrm{logit}\, p_k .
-# & \text{(logarithm; prior once, minus three times)}
+# && \text{(logarithm; prior once, minus three times)}
 # \end{aligned} $$
 #
 # So ideal witnesses simply add in log odds, with weight 1 each, and a constant corrects for the prior that each of them
@@ -274,9 +274,9 @@ print("by the formula        b =", round(-2 * math.log(prior / (1 - prior)), 1))
 #
 # $$ \begin{aligned}
 # \mathrm{Brier} &= \sum_i \frac{n_i}{n} \big[ (p_i - y_i)^2 + y_i (1 - y_i) \big]
-# & \text{(around the mean } y_i \text{ of each bin)} \\
+# && \text{(around the mean } y_i \text{ of each bin)} \\
 # &= \underbrace{\sum_i \frac{n_i}{n} (p_i - y_i)^2}_{\text{dishonesty}} - \underbrace{\sum_i \frac{n_i}{n} (y_i - \bar
-# y)^2}_{\text{sharpness}} + \;\bar y (1 - \bar y) . & \text{(variance within = all minus between)}
+# y)^2}_{\text{sharpness}} + \;\bar y (1 - \bar y) . && \text{(variance within = all minus between)}
 # \end{aligned} $$
 #
 # The last term is nobody's merit. The first is what the ECE sees too. The second is gained only by bins in which more,
