@@ -308,10 +308,15 @@ plt.plot(history["loss"], label="what is written down")
 plt.legend(fontsize=7)
 plt.xlabel("step")
 plt.show()
+assert np.std(np.diff(history["loss"])) < 0.1 * np.std(np.diff(noisy))
 
+# %% [markdown]
+# And the two formulas: a single value that is forgotten, and the spread of twenty thousand means of pure noise.
+
+# %%
 pulse, noise = {"x": torch.tensor(1.0)}, {}
 for _ in range(14):
-    average(pulse, {"x": 0.0})  # a single value, forgotten
+    average(pulse, {"x": 0.0})
 spread = []
 for x in np.random.default_rng(1).normal(size=20_000):
     average(noise, {"x": x})
@@ -320,7 +325,6 @@ print(f"left after 14 steps {float(pulse['x']):.2f}, by the formula {0.95**14:.2
 print(f"spread {np.std(spread[200:]):.3f}, by the formula {(0.05 / 1.95) ** 0.5:.3f}")
 average(noise, {"x": math.nan})
 print("after a NaN:", "still finite" if math.isfinite(noise["x"]) else "spoiled")
-assert np.std(np.diff(history["loss"])) < 0.1 * np.std(np.diff(noisy))
 
 # %% [markdown]
 # A mean lags: where the loss falls, it shows what was true some steps ago. And a row that first has no value for a

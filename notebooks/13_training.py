@@ -123,6 +123,7 @@ from difftsr.text_lines import write_json
 from difftsr.vae import VAEStage, VAETraining
 
 # %%
+import inspect
 import shutil
 
 import matplotlib.pyplot as plt
@@ -760,37 +761,9 @@ except ValueError as error:
 # %% [markdown]
 # ## The loop
 #
-# The class below is long, because a run has many ends: data, resuming, telling, saving. Read three of its methods
-# first. `take_share` and `take_step` are the naive loop, and every line that it did not have stands in this table;
-# `fit` goes around them. The rest you can look up when you need it.
-#
-# | line | what it is for | without it |
-# | --- | --- | --- |
-# | in `take_step` | | |
-# | `stage.step, stage.progress` | a GAN or an OCR loss that sets in late | all losses at once, from noise |
-# | `group["lr"] = base * rate(...)` | small steps while Adam knows no gradient, and at the end | it ends further off, see above |
-# | `for turn in range(accumulate)` | a large batch in parts that fit into memory | only as many lines as memory holds |
-# | `reduce_gradients` | all processes take one and the same step | weights that drift apart |
-# | `scaler.unscale_` | divides the gradients of fp16 by the scale, before they are measured | the clip cuts everything |
-# | `clip_grad_norm_` | one wild batch moves the weights no further than others | a jump, see below |
-# | `check(norm, ...)` | stop before a NaN is in the weights | a night of training on NaN |
-# | `scaler.step` | the optimizer's step, left out where fp16 overflowed | infinities in the weights |
-# | `zero_grad` | gradients add up until somebody clears them | every step repeats all earlier ones, see below |
-# | `scaler.update` | finds the largest scale that does not overflow | zeros, or steps left out |
-# | `ema.update` | the average of the last thousand weights | noisier weights, see below |
-# | `stage.step_done` | what a stage learns about its own sampling, from all processes | processes that disagree |
-# | `self.step += 1` | the one clock of data, rate, seeds and checkpoints | |
-# | in `take_share` | | |
-# | `set_generators(share_seed(...))` | the noise of a share depends on nothing but its number | no run can be repeated, see above |
-# | `next(self.batches)`, `to_device` | the next lines, where they are needed; the time spent waiting is counted | |
-# | `autocast()` | products in 16 bits where that is enough | twice the memory, on GPUs half the speed |
-# | `for loss, name, logs in losses` | one loss for each optimizer: a GAN has two | a loop for every kind of network |
-# | `check(loss, ...)` | as above, and the batch is kept for inspection | nobody finds the bad file |
-# | `scaler.scale(loss / accumulate)` | a mean over shares is the mean of the batch; fp16 ends at 6e-8 | too long a step; zeros, see below |
-# | `average(self.shown, ...)` | a running mean for the bar and the history (lesson 12e) | the loss of one batch, which says little |
-#
-# The order matters in two places: unscale, *then* clip (else the limit is compared with a number 65,536 times too
-# large), and check *before* the step.
+# The class below is long, because a run has many ends: data, resuming, telling, saving. Skip it at first. Its two most
+# important methods, `take_share` and `take_step`, stand by themselves in section "Line by line" below: they are the
+# naive loop, with all that it lacked. The rest you can look up when you need it.
 #
 # `fit` is what goes on around the steps: when to stop, what to tell, when to save. A trainer can be walked by hand in a
 # notebook, step by step; that is what we do with it below.
@@ -1224,6 +1197,51 @@ def describe(trainer: Trainer) -> str:
 
 
 # %% [markdown]
+# ## Line by line
+#
+# Here are the two methods again. One share of a batch:
+
+# %%
+print(inspect.getsource(Trainer.take_share))
+
+# %% [markdown]
+# And a step, which takes one or more of them:
+
+# %%
+print(inspect.getsource(Trainer.take_step))
+
+# %% [markdown]
+# What each line is for, and what happens when it is left out:
+#
+# | line | what it is for | without it |
+# | --- | --- | --- |
+# | in `take_share` | | |
+# | `set_generators(share_seed(...))` | the noise of a share depends on nothing but its number | no run can be repeated, see above |
+# | `next(self.batches)`, `to_device` | the next lines, where they are needed; the time spent waiting is counted | |
+# | `autocast()` | products in 16 bits where that is enough | twice the memory, on GPUs half the speed |
+# | `for loss, name, logs in losses` | one loss for each optimizer: a GAN has two | a loop for every kind of network |
+# | `check(loss, ...)` | stop at a NaN, and keep the batch for inspection | nobody finds the bad file |
+# | `scaler.scale(loss / accumulate)` | a mean over shares is the mean of the batch; fp16 ends at 6e-8 | too long a step; zeros, see below |
+# | `average(self.shown, ...)` | a running mean for the bar and the history (lesson 12e) | the loss of one batch, which says little |
+# | in `take_step` | | |
+# | `stage.step, stage.progress` | a GAN or an OCR loss that sets in late | all losses at once, from noise |
+# | `group["lr"] = base * rate(...)` | small steps while Adam knows no gradient, and at the end | it ends further off, see above |
+# | `for turn in range(accumulate)` | a large batch in parts that fit into memory | only as many lines as memory holds |
+# | `reduce_gradients` | all processes take one and the same step | weights that drift apart |
+# | `scaler.unscale_` | divides the gradients of fp16 by the scale, before they are measured | the clip cuts everything |
+# | `clip_grad_norm_` | one wild batch moves the weights no further than others | a jump, see below |
+# | `check(norm, ...)` | stop before a NaN is in the weights | a night of training on NaN |
+# | `scaler.step` | the optimizer's step, left out where fp16 overflowed | infinities in the weights |
+# | `zero_grad` | gradients add up until somebody clears them | every step repeats all earlier ones, see below |
+# | `scaler.update` | finds the largest scale that does not overflow | zeros, or steps left out |
+# | `ema.update` | the average of the last thousand weights | noisier weights, see below |
+# | `stage.step_done` | what a stage learns about its own sampling, from all processes | processes that disagree |
+# | `self.step += 1` | the one clock of data, rate, seeds and checkpoints | |
+#
+# The order matters in two places: unscale, *then* clip (else the limit is compared with a number 65,536 times too
+# large), and check *before* the step.
+
+# %% [markdown]
 # ## A run, killed and resumed
 #
 # The tiny preset, digits and capitals, the recogniser: a few seconds. The first run goes through. The second is what a
@@ -1461,16 +1479,16 @@ plt.show()
 
 
 # %% [markdown]
-# From left to right: a loss that first *rises*, as the run gets to see harder lines and the warm-up ends, and then
-# falls for a thousand steps. The length of the gradient, which rises with it to about 25 and sinks to 5. A diffusion's
-# loss that seems to go nowhere, .50 to .45 and noisy, while the gain of one step grows steadily: who watched only the
-# loss would have stopped the run. And a text diffusion whose accuracy at high noise climbs to that of the reading that
-# it starts from, and stays there.
+# From left to right: a loss that first *rises*, because this recogniser began with the weights of an earlier one, on
+# other lines, while its rate warmed up; then it falls for a thousand steps. The length of the gradient, which rises
+# with it to about 25 and sinks to 5. A diffusion's loss that seems to go nowhere, .50 to .45 and noisy, while the gain
+# of one step grows steadily: who watched only the loss would have stopped the run. And a text diffusion whose accuracy
+# at high noise climbs to that of the reading that it starts from, and stays there.
 # - **The loss falls, then creeps**: as it should. In diffusion most of it is noise that nobody can predict: look at
 #   `gain_db` (how much closer to the truth one step comes than the input is; the first edition's `gain_first` is its
 #   ancestor), and at the sheets.
-# - **The gradient norm** should sink or stay. Spikes that clipping catches are harmless; a norm that climbs for a
-#   hundred steps announces a NaN: lower the rate.
+# - **The gradient norm** should sink or stay. Spikes that clipping catches are harmless; a norm that climbs
+#   long after the warm-up announces a NaN: lower the rate.
 # - **An accuracy** needs something to be compared with. The text diffusion's, at high noise, should come to lie above
 #   that of the reading it starts from (`accuracy_reader`); below it, the text is better left alone.
 # - **`waiting`** is the share of the time in which the step had no data. Over a few percent, raise `--workers`, or
