@@ -245,6 +245,22 @@ plt.show()
 # With the usual initialisation every block adds variance of its own, and what came in drowns. Starting from zero the
 # signal (and, on the way back, the gradient) passes a fresh network untouched, and each block grows from there.
 #
+# But can a layer of zeros learn? Its output is $W h$; the gradient by $W$ is made of $h$, which is not zero, and the
+# gradient by $h$ of $W$, which is. So in the first step the last convolution learns alone, and from the second step on
+# everything before it:
+
+# %%
+torch.manual_seed(0)
+fresh, goal = ResBlock(32, 128, 32, groups=8), torch.randn(2, 32, 4, 6)
+optimizer = torch.optim.SGD(fresh.parameters(), lr=1.0)
+for step in (1, 2):
+    optimizer.zero_grad()
+    F.mse_loss(fresh(x, emb), goal).backward()
+    first, last = (layer.weight.grad.norm() for layer in (fresh.in_layers[2], fresh.out_layers[3]))
+    print(f"step {step}: gradient of the first convolution {first:.3f}, of the last {last:.3f}")
+    optimizer.step()
+
+# %% [markdown]
 # > **The released code, no row: a norm that forgets the time.** A group norm of 32 groups over 32 channels works on
 # > single channels: it subtracts each channel's mean. What is constant over a channel, like the time that was just
 # > added, is removed again. The first level of the published mixture module has 32 channels and never sees $t$. Our
@@ -1090,7 +1106,8 @@ assert torch.allclose(direct, fewer, atol=1e-4)
 # - The **time** enters as a vector of sinusoids, added in the middle of every residual block; two codes are as like as
 #   their times are near.
 # - The **text** enters through cross-attention: queries from the image, keys and values from the characters.
-# - What ends a branch **starts at zero**, so a fresh network is the identity, and the gradient reaches everything.
+# - What ends a branch **starts at zero**, so a fresh network is the identity; from the second step on the gradient
+#   reaches everything.
 # - A group norm over single channels **removes what is constant** over a channel: the time was gone without a trace.
 # - Attention sees a bag of tokens; **places** are told by codes and by a preference for what is near, which is Bayes'
 #   rule for columns that scatter around centres. After 160 steps a writer with places had an error of 13 % of the
