@@ -200,7 +200,7 @@ for name, values in (("ten pairs", honest), ("one of them wrong", spoiled)):
     print(f"{name:18s} mean {mean:.1f} in [{low:.1f}, {high:.1f}], median {np.median(values):.1f} dB")
 
 # %% [markdown]
-# A gain that no paper reports for its method, from one bad record. The wide interval is the only sign. In this project
+# Eight decibels out of one bad record. The wide interval is the only sign. In this project
 # a degradation that fails raises an error, and bad records are counted (lessons 02 and 03).
 #
 # ## From scores to figures
