@@ -200,11 +200,13 @@ def opening_with_needs(notebook: NotebookNode) -> NotebookNode | None:
 
 
 def filled_table(text: str, names: list[str]) -> str:
-    """A README with the last cell of each named lesson's row as measured."""
+    """A README with the last cell of each named lesson's row as measured; units in English or in Chinese, as found."""
     for name in names:
         if needed := minutes_and_memory(name):
-            row = re.compile(rf"^(\| {name.split('_')[0]} \|.*\|) [\d.]+ minutes?, [\d.]+ GB \|$", re.MULTILINE)
-            text = row.sub(rf"\1 {', '.join(needed)} |", text)
+            chinese = f"{needed[0].split()[0]} 分钟，{needed[1]}"
+            for old, new in ((r"[\d.]+ minutes?, [\d.]+ GB", ", ".join(needed)), (r"[\d.]+ 分钟，[\d.]+ GB", chinese)):
+                row = re.compile(rf"^(\| {name.split('_')[0]} \|.*\|) {old} \|$", re.MULTILINE)
+                text = row.sub(rf"\1 {new} |", text)
     return text
 
 

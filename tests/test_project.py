@@ -417,9 +417,11 @@ def test_needs_are_written_from_the_benchmark(project: Path) -> None:
     said = "# > It needs 2 minutes and 3 GB of memory on two CPU cores.\n#\n# > Areas"
     text.write_text(text.read_text(encoding="utf-8").replace("# > Areas", said), encoding="utf-8")
     (project / "README.md").write_text("| 01 | shapes | 9 minutes, 9 GB |\n| 02 | solids | ? |\n", encoding="utf-8")
+    (project / "README.zh.md").write_text("| 01 | 形状 | 9 分钟，9 GB |\n", encoding="utf-8")
     subprocess.run([sys.executable, "tests/maintain.py", "needs"], cwd=project, check=True)
     assert "needs 1 minute and 0.6 GB of memory on two CPU cores." in text.read_text(encoding="utf-8")
     assert (project / "README.md").read_text() == "| 01 | shapes | 1 minute, 0.6 GB |\n| 02 | solids | ? |\n"
+    assert (project / "README.zh.md").read_text(encoding="utf-8") == "| 01 | 形状 | 1 分钟，0.6 GB |\n"
     assert not list(load_maintain(project).check_needs(["01_shapes", "02_solids"]))
 
 
