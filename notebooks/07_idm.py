@@ -405,7 +405,7 @@ z_t = published.q_sample(z_0, t, eps)
 for kind in get_args(Prediction):
     answer = published.target(z_0, eps, t, z_lr, kind)
     back, noise_back = published.to_z0_eps(answer, z_t, t, z_lr, kind)
-    print(f"{kind:8s} largest error of z_0 {(back - z_0).abs().max():.0e}")
+    print(f"{kind:8s} largest error of z_0 below {10.0 ** math.ceil(math.log10((back - z_0).abs().max())):.0e}")
     assert torch.allclose(back, z_0, atol=1e-3) and torch.allclose(noise_back, eps, atol=1e-3)
 
 # %% [markdown]

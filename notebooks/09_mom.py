@@ -633,6 +633,7 @@ print("the text diffusion and the image diffusion are unchanged, bit for bit")
 # gradients:
 
 # %%
+# NBVAL_IGNORE_OUTPUT
 train_only(model, "mom")
 
 
@@ -682,6 +683,7 @@ def text_accuracy(model, t, hide=()):
 
 
 # %%
+# NBVAL_IGNORE_OUTPUT
 levels = (50, 350, 650, 800, 950)
 before, unfinished = [text_accuracy(model, t) for t in levels], copy.deepcopy(model)
 frozen = copy.deepcopy({name: getattr(model, name).state_dict() for name in ("idm", "tdm")})
@@ -730,6 +732,7 @@ for t in levels:
 # is a noised *true* latent. Mark that: in training the image brings the answer along, up to the noise.) Now hide it:
 
 # %%
+# NBVAL_IGNORE_OUTPUT
 alone = copy.deepcopy(unfinished)
 train(TDMStage(TDMTraining(learning_rate=3e-3), alone), alone, 40, seed=3)
 rows = {
