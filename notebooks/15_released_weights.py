@@ -869,19 +869,19 @@ assert restored.image.shape == image.shape and again.config.reference
 #
 # | row | the released code | what that causes | here | boxes in lessons |
 # | --- | --- | --- | --- | --- |
-# | 1 | `general=True`: the text diffusion is never called | the two diffusions do not cooperate | both run; `mode="baseline"` by name | 11, 12c |
-# | 2 | the text gets the step's index instead of $t$, and a posterior of one step | a wrong character stays | real $t$, strided posterior | 08, 11, here |
-# | 3 | $z_{LR}$ is scaled in four ways over the stages | the joint stage feeds the IDM a condition 5.5 times too small | one measured shift and scale per channel | 07, 10, here |
+# | 1 | `general=True`: the text diffusion is never called | the two diffusions do not cooperate | both run; `mode="baseline"` by name | 09, 11, 12c |
+# | 2 | the text gets the step's index instead of $t$, and a posterior of one step | a wrong character stays | real $t$, strided posterior | 08, 11, 12c, here |
+# | 3 | $z_{LR}$ is scaled in four ways over the stages | the joint stage feeds the IDM a condition 5.5 times too small | one measured shift and scale per channel | 04, 07, 09, 10, here |
 # | 4 | $z_T$ is $z_{LR}$ noised to $t = 999$, unscaled | a small leak of the LR colours | pure noise; `start="lr"` by name | 11, here |
 # | 5 | the OCR loss runs behind a decoder without gradient | it is logged and teaches nothing | a differentiable decoder | 07 |
 # | 6 | in the joint stage MoM sees the clean label | it has never met a wrong character | noised texts and real readings | 09 |
 # | 7 | image tokens are a `.view` of the latent | tokens straddle channels | tokens are columns of the image | 08 |
 # | 8 | "L2" and weight 1 in words, L1 and 0.1 in code | another loss than one reads | both settable | 07, 09 |
 # | 9 | images in [0, 1] for networks made for [-1, 1]; nearest-neighbour resizing | other features than those that were learned | [-1, 1], bilinear; `reference` keeps theirs | 04, 05 |
-# | 10 | one class is padding, unknown and space; simplified script | spaces vanish, names are rewritten | three classes, script kept | 01, 14, here |
+# | 10 | one class is padding, unknown and space; simplified script | spaces vanish, names are rewritten | three classes, script kept | 01, 05, 14, here |
 # | 11 | the reader's confidence is thrown away | a guess is told as a fact | kept for each character | 05 |
 # | 12 | `1000 // S` leading times, noise in the last step | $S = 30$ makes 31 steps, $S = 300$ crashes | exactly $S$, from pure noise to none | 11, here |
-# | 13 | no seed, one image, a GPU, 512 x 128, truncated bytes | no result can be repeated | seeds, batches, any device, the ratio restored, rounding | 11 to 14b, here |
+# | 13 | no seed, one image, a GPU, 512 x 128, truncated bytes | no result can be repeated | seeds, batches, any device, the ratio restored, rounding | 11, 12, 13, 14, 14b, here |
 # | 14 | a failing degradation returns LR = HR, in silence | the model learns from wrong pairs | errors are counted and said | 02, 03, 14c |
 #
 # The rest is arithmetic that is neither better nor worse, and has to be the same for the weights to mean anything:
