@@ -424,7 +424,8 @@ def where_it_sits(module: str | None = None):
     palette.putpalette(PALETTE)
     picture = Image.open(drawn).convert("RGB").quantize(palette=palette, dither=Image.Dither.NONE)
     picture.save(small, "PNG", optimize=True, bits=2)
-    return Picture(small.getvalue(), alt=f"Where this lesson sits: {module}" if module else "The whole method")
+    what = f"Where this lesson sits: {module}" if module else "The whole method"
+    return Picture(small.getvalue(), metadata={"alt": what})  # IPython 7, Colab's, has no argument for it
 
 
 # %%
