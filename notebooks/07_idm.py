@@ -1295,7 +1295,7 @@ assert off["eps"] > 5 * off["v"] > 10 * off["residual"]
 # After forty steps `eps` has drawn coloured noise (5.7 dB, colours off by more than twice the spread of a latent). `v`
 # has found the line and nearly its colours, and has still much noise to lose. The residual has the colours of the input
 # from its first step on, since an untrained network says 0; it stands at 20.1 dB, a decibel *below* its input, and from
-# there it can only learn what the strokes lack.
+# there it has only the strokes to learn.
 #
 # Nothing is wrong with `eps`. The published network learns it in some 400,000 steps on much larger hardware. But what
 # it learns last is the estimate of $z_0$ near $T$, where colours and layout are settled, because there its errors are

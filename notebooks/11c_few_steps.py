@@ -150,9 +150,9 @@ for name, guess in guesses.items():
     print(f"{name:12}{squared:9.3f}{absolute:10.3f}{edges:7.1f}")
 
 # %% [markdown]
-# The squared error wants the mean: .062, and twice that for any edge (the mean of the two worlds is one unit of "cannot
-# be helped", the rest is $\|m - a\|^2$). The absolute error does not care. What looks at edges wants an edge, no matter
-# which. With all three, the answer that wins is sharp, and not far from either truth.
+# The squared error wants the mean: .062 that cannot be helped. Any edge costs twice that, since $\|m - a\|^2$ comes on
+# top. The absolute error does not care. What looks at edges wants an edge, no matter which. With all three, the answer
+# that wins is sharp, and not far from either truth.
 #
 # ## 2. What the second step starts from
 #

@@ -177,14 +177,14 @@ assert gather(said, torch.full((24,), 0.8), before, after)[2] == (0.8, 0.0, 0.0)
 #
 # So ideal witnesses simply add in log odds, with weight 1 each, and a constant corrects for the prior that each of them
 # had counted. Ours are neither honest nor independent (two are the same recogniser). But the form is right, and its
-# four numbers can be measured. How much is each witness worth? That can be measured on lines whose text is known. Each
-# probability $p_k$ becomes its logarithm of odds, and a logistic regression weighs the three:
+# four numbers can be measured on lines whose text is known:
 #
 # $$P(\text{right}) = \sigma\Big(b + \sum_{k=1}^{3} w_k \log\frac{p_k}{1 - p_k}\Big).$$
 #
-# This is a logistic regression. With $b = 0$, $w = (1/T, 0, 0)$ it is the temperature scaling of the text diffusion
-# alone. Four numbers are few, so some hundred characters are enough to find them without learning the lines by heart.
-# They are found on `data/eval/dev`, and kept in the `config.json` of the weights that they belong to.
+# This is a logistic regression ($\sigma$ is the sigmoid, which turns log odds back into a probability). With $b = 0$,
+# $w = (1/T, 0, 0)$ it is the temperature scaling of the text diffusion alone. Four numbers are few, so some hundred
+# characters are enough to find them without learning the lines by heart. They are found on `data/eval/dev`, and kept in
+# the `config.json` of the weights that they belong to.
 
 # %%
 #| export
