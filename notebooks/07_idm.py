@@ -1435,55 +1435,29 @@ else:
 # %% [markdown]
 # ## Check yourself
 #
-# Answer first, then unfold.
+# 1. Why may training jump to any $t$ without walking through the times before it?
+# 2. A network answers every question with "the noise is what I see", $\hat\varepsilon = z_t$. Near $t = T - 1$ its
+#    loss under `eps` is almost zero. What is its estimate of $z_0$, and what would the same laziness cost under `v`?
+# 3. Both conditions are given to the same network. Why is the degraded line concatenated, but the text attended to?
+# 4. Why does the training mix contain misreadings, and lines without any text, although the true text is at hand?
+# 5. Somebody shows you a log in which the OCR loss is computed at every step. How do you find out whether it teaches?
 #
-# **1.** Why may training jump to any $t$ without walking through the times before it?
+# <details><summary>Answers</summary>
 #
-# <details><summary>Answer</summary>
-#
-# All steps up to $t$ together are one step of known size: $z_t = \alpha_t z_0 + \sigma_t \varepsilon$. The scatter of
-# independent normal noises adds up to one normal noise (section 1).
-#
-# </details>
-#
-# **2.** A network answers every question with "the noise is what I see", $\hat\varepsilon = z_t$. Near $t = T - 1$ its
-# loss under `eps` is almost zero. What is its estimate of $z_0$, and what would the same laziness cost under `v`?
-#
-# <details><summary>Answer</summary>
-#
-# $\hat z_0 = (z_t - \sigma_t z_t) / \alpha_t$, which near $T$ is close to 0 whatever the line looks like: it has said
-# nothing about the picture. Under `v` the wanted answer near $T$ is $-z_0$; whoever repeats the input is wrong by the
-# spread of noise and latent together.
-#
-# </details>
-#
-# **3.** Both conditions are given to the same network. Why is the degraded line concatenated, but the text attended to?
-#
-# <details><summary>Answer</summary>
-#
-# The degraded line lies on the same grid as $z_t$: what belongs together stands at the same position, and a convolution
-# compares it there. A text is a sequence with another length and no grid; attention lets every position of the picture
-# ask for the characters that concern it. (The drawn text is on the grid, and is concatenated.)
-#
-# </details>
-#
-# **4.** Why does the training mix contain misreadings, and lines without any text, although the true text is at hand?
-#
-# <details><summary>Answer</summary>
-#
-# At restoration time the text is a reading and may be wrong. A network that has only met true texts trusts them
-# blindly. With misreadings it learns to weigh the text against the picture by its confidence; without text it must
-# still work.
-#
-# </details>
-#
-# **5.** Somebody shows you a log in which the OCR loss is computed at every step. How do you find out whether it
-# teaches?
-#
-# <details><summary>Answer</summary>
-#
-# Ask for its gradient in the U-Net's answer or weights, with everything else switched off. If it is exactly zero, or
-# `requires_grad` of the loss is false, the number is decoration (row 5).
+# 1. All steps up to $t$ together are one step of known size: $z_t = \alpha_t z_0 + \sigma_t \varepsilon$. The scatter
+#    of independent normal noises adds up to one normal noise (section 1).
+# 2. $\hat z_0 = (z_t - \sigma_t z_t) / \alpha_t$, which near $T$ is close to 0 whatever the line looks like: it has
+#    said nothing about the picture. Under `v` the wanted answer near $T$ is $-z_0$; whoever repeats the input is
+#    wrong by the spread of noise and latent together.
+# 3. The degraded line lies on the same grid as $z_t$: what belongs together stands at the same position, and a
+#    convolution compares it there. A text is a sequence with another length and no grid; attention lets every
+#    position of the picture ask for the characters that concern it. (The drawn text is on the grid, and is
+#    concatenated.)
+# 4. At restoration time the text is a reading and may be wrong. A network that has only met true texts trusts them
+#    blindly. With misreadings it learns to weigh the text against the picture by its confidence; without text it must
+#    still work.
+# 5. Ask for its gradient in the U-Net's answer or weights, with everything else switched off. If it is exactly zero,
+#    or `requires_grad` of the loss is false, the number is decoration (row 5).
 #
 # </details>
 

@@ -1508,48 +1508,25 @@ plt.show()
 # %% [markdown]
 # ## Check yourself
 #
-# **1.** Why can the noise of a text not be "add a little", as for latents?
+# 1. Why can the noise of a text not be "add a little", as for latents?
+# 2. For an alphabet of two characters, which share of a text is wrong at $\bar\alpha_t = 0$?
+# 3. In the derivation of the posterior, where is it used that each step of the noise looks only at the step before?
+# 4. A colleague trains with cross-entropy and samples with the plug-in rule. With one step all is well, with a
+#    hundred the texts are full of rare characters. Why?
+# 5. Importance sampling changes which $t$ are trained most. Why does it not change what is learned in the end?
 #
-# <details><summary>Answer</summary>
+# <details><summary>Answers</summary>
 #
-# Class numbers have no order that means anything: class 17 is not between 16 and 18 in any sense a reader would accept.
-# So a character is either kept or replaced.
-#
-# </details>
-#
-# **2.** For an alphabet of two characters, which share of a text is wrong at $\bar\alpha_t = 0$?
-#
-# <details><summary>Answer</summary>
-#
-# Half. All characters have been replaced, but a die with two sides falls on the old one every other time.
-#
-# </details>
-#
-# **3.** In the derivation of the posterior, where is it used that each step of the noise looks only at the step before?
-#
-# <details><summary>Answer</summary>
-#
-# In $q(c_t \mid c_s, c_0) = q(c_t \mid c_s)$: once $c_s$ is known, the start tells nothing more about what comes after.
-#
-# </details>
-#
-# **4.** A colleague trains with cross-entropy and samples with the plug-in rule. With one step all is well, with a
-# hundred the texts are full of rare characters. Why?
-#
-# <details><summary>Answer</summary>
-#
-# The leap from $T - 1$ to the clean end is the same under both rules (there $q(c_t \mid c_0)$ is the same for all
-# $c_0$). In every other step the plug-in rule counts the evidence of $c_t$ twice, so what the dice showed first is
-# believed too much, and dice show rare characters as often as frequent ones.
-#
-# </details>
-#
-# **5.** Importance sampling changes which $t$ are trained most. Why does it not change what is learned in the end?
-#
-# <details><summary>Answer</summary>
-#
-# Each term is divided by its probability $p_t$, so the mean of the loss is the same sum for every choice of $p_t$. Only
-# the scatter of the gradient differs; and with estimated $p_t$ it may even grow.
+# 1. Class numbers have no order that means anything: class 17 is not between 16 and 18 in any sense a reader would
+#    accept. So a character is either kept or replaced.
+# 2. Half. All characters have been replaced, but a die with two sides falls on the old one every other time.
+# 3. In $q(c_t \mid c_s, c_0) = q(c_t \mid c_s)$: once $c_s$ is known, the start tells nothing more about what comes
+#    after.
+# 4. The leap from $T - 1$ to the clean end is the same under both rules (there $q(c_t \mid c_0)$ is the same for all
+#    $c_0$). In every other step the plug-in rule counts the evidence of $c_t$ twice, so what the dice showed first is
+#    believed too much, and dice show rare characters as often as frequent ones.
+# 5. Each term is divided by its probability $p_t$, so the mean of the loss is the same sum for every choice of $p_t$.
+#    Only the scatter of the gradient differs; and with estimated $p_t$ it may even grow.
 #
 # </details>
 

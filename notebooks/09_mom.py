@@ -790,52 +790,27 @@ assert sum(rows["MoM without z_t"]) > sum(before) and sum(rows["no MoM, TDM trai
 # %% [markdown]
 # ## Check yourself
 #
-# **1.** The TDM is told $I_{cond}$ as a *residual* to tokens it knows. What would happen in the first joint steps if
-# MoM's output replaced the tokens?
+# 1. The TDM is told $I_{cond}$ as a *residual* to tokens it knows. What would happen in the first joint steps if
+#    MoM's output replaced the tokens?
+# 2. A branch `last(silu(first(x)))` shall start as zero. Which of the two layers may be zero, and why not both?
+# 3. `requires_grad_(False)` was called on the recogniser, and still its readings change during the joint stage. How?
+# 4. Why is the IDM conditioned on the predicted clean text and not on $c_t$?
+# 5. A paper shows that adding a module of 3 million parameters and training on improves its model by two points. Name
+#    two controls you would ask for.
 #
-# <details><summary>Answer</summary>
+# <details><summary>Answers</summary>
 #
-# The TDM would look at zeros (or at noise) where its image used to be, and fall back to $c_t$ and the reading. Its loss
-# would jump, and MoM would first have to learn what the TDM's own stage knew already.
-#
-# </details>
-#
-# **2.** A branch `last(silu(first(x)))` shall start as zero. Which of the two layers may be zero, and why not both?
-#
-# <details><summary>Answer</summary>
-#
-# One of them, usually the last. The gradient of `last` is made of what comes in (`silu(first(x))`, not zero) and of the
-# loss: it moves. The gradient of `first` passes through `last` and is zero only in the first step. If both are zero,
-# both gradients are zero for ever.
-#
-# </details>
-#
-# **3.** `requires_grad_(False)` was called on the recogniser, and still its readings change during the joint stage.
-# How?
-#
-# <details><summary>Answer</summary>
-#
-# It was left in training mode: a BatchNorm keeps updating its running mean and variance in every forward pass, and
-# dropout draws. No optimiser is needed for that. `eval()` belongs to freezing.
-#
-# </details>
-#
-# **4.** Why is the IDM conditioned on the predicted clean text and not on $c_t$?
-#
-# <details><summary>Answer</summary>
-#
-# At large $t$, where the layout of the image is decided, $c_t$ is nearly all random. The TDM's prediction is its best
-# guess of the clean text at that moment, with probabilities that say how sure it is.
-#
-# </details>
-#
-# **5.** A paper shows that adding a module of 3 million parameters and training on improves its model by two points.
-# Name two controls you would ask for.
-#
-# <details><summary>Answer</summary>
-#
-# The old model trained on for as many steps, and the new one with the module's input replaced by noise. Without the
-# first the gain may be training time, without the second it may be anything but the module's idea.
+# 1. The TDM would look at zeros (or at noise) where its image used to be, and fall back to $c_t$ and the reading. Its
+#    loss would jump, and MoM would first have to learn what the TDM's own stage knew already.
+# 2. One of them, usually the last. The gradient of `last` is made of what comes in (`silu(first(x))`, not zero) and
+#    of the loss: it moves. The gradient of `first` passes through `last` and is zero only in the first step. If both
+#    are zero, both gradients are zero for ever.
+# 3. It was left in training mode: a BatchNorm keeps updating its running mean and variance in every forward pass, and
+#    dropout draws. No optimiser is needed for that. `eval()` belongs to freezing.
+# 4. At large $t$, where the layout of the image is decided, $c_t$ is nearly all random. The TDM's prediction is its
+#    best guess of the clean text at that moment, with probabilities that say how sure it is.
+# 5. The old model trained on for as many steps, and the new one with the module's input replaced by noise. Without
+#    the first the gain may be training time, without the second it may be anything but the module's idea.
 #
 # </details>
 

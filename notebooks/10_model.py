@@ -658,38 +658,20 @@ with tempfile.TemporaryDirectory() as scratch:
 # %% [markdown]
 # ## Check yourself
 #
-# **1.** Why is a misspelt setting in a `config.json` an error, and not a default?
+# 1. Why is a misspelt setting in a `config.json` an error, and not a default?
+# 2. What can a pickle do that a safetensors file cannot, and why do we give it up?
+# 3. The same weights, loaded with an alphabet in which two characters have changed places. Does any check fail?
+# 4. How can `DiffTSR(preset("paper"))` count 1.2 billion parameters on a machine without 4.9 GB of free memory?
 #
-# <details><summary>Answer</summary>
+# <details><summary>Answers</summary>
 #
-# Somebody wanted something and would silently get something else. A network of another shape would show it at once, but
-# a learning rate or a schedule would not.
-#
-# </details>
-#
-# **2.** What can a pickle do that a safetensors file cannot, and why do we give it up?
-#
-# <details><summary>Answer</summary>
-#
-# Rebuild any Python object, by calling any function the sender names. That is just the danger. Weights need only names,
-# shapes, types and numbers.
-#
-# </details>
-#
-# **3.** The same weights, loaded with an alphabet in which two characters have changed places. Does any check fail?
-#
-# <details><summary>Answer</summary>
-#
-# No: all shapes are the same. The model would read and write one character for the other. That is why the alphabet
-# travels in the settings of the weights and is not taken from elsewhere.
-#
-# </details>
-#
-# **4.** How can `DiffTSR(preset("paper"))` count 1.2 billion parameters on a machine without 4.9 GB of free memory?
-#
-# <details><summary>Answer</summary>
-#
-# On the device `meta` a tensor has a shape and a type but no storage. Counting needs no numbers.
+# 1. Somebody wanted something and would silently get something else. A network of another shape would show it at
+#    once, but a learning rate or a schedule would not.
+# 2. Rebuild any Python object, by calling any function the sender names. That is just the danger. Weights need only
+#    names, shapes, types and numbers.
+# 3. No: all shapes are the same. The model would read and write one character for the other. That is why the alphabet
+#    travels in the settings of the weights and is not taken from elsewhere.
+# 4. On the device `meta` a tensor has a shape and a type but no storage. Counting needs no numbers.
 #
 # </details>
 

@@ -1181,50 +1181,27 @@ for kind in ("full", "baseline"):
 # %% [markdown]
 # ## Check yourself
 #
-# **1.** The network was trained at single levels. Why may a sampler leap from $t = 999$ to $t = 749$ with it?
+# 1. The network was trained at single levels. Why may a sampler leap from $t = 999$ to $t = 749$ with it?
+# 2. What does $\sigma$ trade when it grows from 0 to its largest value?
+# 3. With an exact denoiser four steps return .54 of the true spread. Is the missing part a fault of the network?
+# 4. `timesteps(S, T)` begins at $T - 1$ for every $S$. What goes wrong if the first time is 801 and the start is pure
+#    noise?
+# 5. Two people restore the same line with the same seed, one alone, one in a batch of 32. Why do they get the same
+#    picture here?
 #
-# <details><summary>Answer</summary>
+# <details><summary>Answers</summary>
 #
-# It was never told anything about pairs of levels. Every joint distribution that has the right marginals fits it, and
-# one of them leads from 999 to 749 directly.
-#
-# </details>
-#
-# **2.** What does $\sigma$ trade when it grows from 0 to its largest value?
-#
-# <details><summary>Answer</summary>
-#
-# Noise that is already in $z_t$, and with it the memory of where the walk comes from, against fresh noise. The marginal
-# stays the same. Mistakes are forgotten, and so is the promise that the same start gives the same picture.
-#
-# </details>
-#
-# **3.** With an exact denoiser four steps return .54 of the true spread. Is the missing part a fault of the network?
-#
-# <details><summary>Answer</summary>
-#
-# No, the denoiser was exact. It is the price of the step: DDIM holds $\hat z_0$, a mean, fixed for a quarter of the
-# way.
-#
-# </details>
-#
-# **4.** `timesteps(S, T)` begins at $T - 1$ for every $S$. What goes wrong if the first time is 801 and the start is
-# pure noise?
-#
-# <details><summary>Answer</summary>
-#
-# The network expects a third of the signal in its input. It takes noise for signal, and what it paints is off in the
-# mean: that is the bias of leading spacing in section 3.
-#
-# </details>
-#
-# **5.** Two people restore the same line with the same seed, one alone, one in a batch of 32. Why do they get the same
-# picture here?
-#
-# <details><summary>Answer</summary>
-#
-# Each line draws from a generator of its own, seeded by its own seed, on the CPU. Neither its place in the batch nor
-# the device plays a part in the draws.
+# 1. It was never told anything about pairs of levels. Every joint distribution that has the right marginals fits it,
+#    and one of them leads from 999 to 749 directly.
+# 2. Noise that is already in $z_t$, and with it the memory of where the walk comes from, against fresh noise. The
+#    marginal stays the same. Mistakes are forgotten, and so is the promise that the same start gives the same
+#    picture.
+# 3. No, the denoiser was exact. It is the price of the step: DDIM holds $\hat z_0$, a mean, fixed for a quarter of
+#    the way.
+# 4. The network expects a third of the signal in its input. It takes noise for signal, and what it paints is off in
+#    the mean: that is the bias of leading spacing in section 3.
+# 5. Each line draws from a generator of its own, seeded by its own seed, on the CPU. Neither its place in the batch
+#    nor the device plays a part in the draws.
 #
 # </details>
 

@@ -523,48 +523,24 @@ for name in ("more of the same", "few steps"):
 # %% [markdown]
 # ## Check yourself
 #
-# **1.** Why does the noise at $t = T - 1$ carry no information, and what follows for a model of one step?
+# 1. Why does the noise at $t = T - 1$ carry no information, and what follows for a model of one step?
+# 2. The same network is trained with a squared error in the latent or with L1 and LPIPS in pixels. Which one is
+#    sharper after one step, and why?
+# 3. What is wrong with training the second step on `q_sample(z_hr, t, noise)`?
+# 4. Why does the decoder learn along, but not the encoder?
+# 5. The text began to count. What new danger came with it?
 #
-# <details><summary>Answer</summary>
+# <details><summary>Answers</summary>
 #
-# There $\alpha_t = 0$: $z_t$ is noise and nothing else. All the model knows is the degraded line and the text, so one
-# step is an ordinary regression with a noisy input that it had better ignore.
-#
-# </details>
-#
-# **2.** The same network is trained with a squared error in the latent or with L1 and LPIPS in pixels. Which one is
-# sharper after one step, and why?
-#
-# <details><summary>Answer</summary>
-#
-# The second. Half a stroke in two places is the cheapest answer under a squared error, but looks like no sharp line to
-# a distance that looks at edges.
-#
-# </details>
-#
-# **3.** What is wrong with training the second step on `q_sample(z_hr, t, noise)`?
-#
-# <details><summary>Answer</summary>
-#
-# In use the second step never starts from a noised truth, but from the model's own, smoother first answer. Trained on
-# the truth, the network trusts strokes in $z_t$ that will not be there.
-#
-# </details>
-#
-# **4.** Why does the decoder learn along, but not the encoder?
-#
-# <details><summary>Answer</summary>
-#
-# The decoder is asked last, and only by this stage; it can learn to make sharp lines of smooth latents. A changed
-# encoder would move the latent space under the feet of all the other networks.
-#
-# </details>
-#
-# **5.** The text began to count. What new danger came with it?
-#
-# <details><summary>Answer</summary>
-#
-# A misreading is now drawn, sharply. Hence the gate (11b) and an honest certainty for each character (11d).
+# 1. There $\alpha_t = 0$: $z_t$ is noise and nothing else. All the model knows is the degraded line and the text, so
+#    one step is an ordinary regression with a noisy input that it had better ignore.
+# 2. The second. Half a stroke in two places is the cheapest answer under a squared error, but looks like no sharp
+#    line to a distance that looks at edges.
+# 3. In use the second step never starts from a noised truth, but from the model's own, smoother first answer. Trained
+#    on the truth, the network trusts strokes in $z_t$ that will not be there.
+# 4. The decoder is asked last, and only by this stage; it can learn to make sharp lines of smooth latents. A changed
+#    encoder would move the latent space under the feet of all the other networks.
+# 5. A misreading is now drawn, sharply. Hence the gate (11b) and an honest certainty for each character (11d).
 #
 # </details>
 

@@ -512,48 +512,24 @@ if __name__ == "__main__" and "__file__" in globals():
 # %% [markdown]
 # ## Check yourself
 #
-# **1.** A network was trained with cross-entropy, which asks for honest probabilities. Why is it too sure on new lines?
+# 1. A network was trained with cross-entropy, which asks for honest probabilities. Why is it too sure on new lines?
+# 2. Why must the four numbers not be found on the lines on which the networks were trained?
+# 3. Two witnesses always say the same. What do their weights become?
+# 4. A confidence is .9 for every character, and .9 of them are right. Is it honest? Is it of use to somebody who must
+#    decide which characters to check by hand?
+# 5. Why is a probability cut at .01 and .99 before its odds are taken?
 #
-# <details><summary>Answer</summary>
+# <details><summary>Answers</summary>
 #
-# It was honest on the lines it was trained with, and is nearly always right there. On harder or other lines it errs
-# more often, but its probabilities have not learned that.
-#
-# </details>
-#
-# **2.** Why must the four numbers not be found on the lines on which the networks were trained?
-#
-# <details><summary>Answer</summary>
-#
-# There all three witnesses are better than they will ever be again. The weights would learn to trust them as if that
-# were always so.
-#
-# </details>
-#
-# **3.** Two witnesses always say the same. What do their weights become?
-#
-# <details><summary>Answer</summary>
-#
-# They share what one of them would get. The data determine only their sum; the small pull to zero (`ridge`) splits it
-# evenly.
-#
-# </details>
-#
-# **4.** A confidence is .9 for every character, and .9 of them are right. Is it honest? Is it of use to somebody who
-# must decide which characters to check by hand?
-#
-# <details><summary>Answer</summary>
-#
-# Honest, and of no use: it gives all characters the same number. Its sharpness is 0.
-#
-# </details>
-#
-# **5.** Why is a probability cut at .01 and .99 before its odds are taken?
-#
-# <details><summary>Answer</summary>
-#
-# The log odds of 0 and 1 are infinite: one witness who is certain would outvote all others, whatever the weights.
-# Nobody here has earned that.
+# 1. It was honest on the lines it was trained with, and is nearly always right there. On harder or other lines it
+#    errs more often, but its probabilities have not learned that.
+# 2. There all three witnesses are better than they will ever be again. The weights would learn to trust them as if
+#    that were always so.
+# 3. They share what one of them would get. The data determine only their sum; the small pull to zero (`ridge`) splits
+#    it evenly.
+# 4. Honest, and of no use: it gives all characters the same number. Its sharpness is 0.
+# 5. The log odds of 0 and 1 are infinite: one witness who is certain would outvote all others, whatever the weights.
+#    Nobody here has earned that.
 #
 # </details>
 
