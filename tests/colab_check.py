@@ -27,10 +27,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # Colab's image as of 2026: https://github.com/googlecolab/backend-info lists it.
 COLAB = [
     "torch==2.11.*", "ipywidgets==7.7.*", "IPython==7.34.*", "ipykernel==6.17.*", "numpy==2.*", "accelerate", "einops",
-    "huggingface_hub", "matplotlib==3.10.*", "opencv-python-headless", "pandas", "pillow", "psutil", "pyyaml",
-    "safetensors", "scikit-image", "scipy", "setuptools", "shapely", "tensorboard", "tqdm",
+    "huggingface_hub", "matplotlib==3.10.*", "ml_dtypes", "opencv-python-headless", "pandas", "pillow", "psutil",
+    "pyyaml", "safetensors", "scikit-image", "scipy", "setuptools", "shapely", "tensorboard", "tqdm",
 ]  # fmt: skip
-LESSONS = ["00", "02", "07", "08", "12", "12c"]
+LESSONS = ["00", "02", "05", "07", "08", "12", "12c", "13", "16"]
 SHOWN = ["torch", "numpy", "ipywidgets", "IPython", "ipykernel", "matplotlib", "pillow"]
 CELL_SECONDS = 900
 
