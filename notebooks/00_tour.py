@@ -176,7 +176,7 @@ show([inputs[chosen], np.asarray(restored.image), sharp], ["input", "restored", 
 # %% [markdown]
 # The text is right, but the picture is the input, only larger! That is no accident. Of two characters, 码 and 头, the
 # model is far from sure, and the last thing a restoration passes is a **gate** (lesson 11b), which asks of every line
-# whether showing the drawn picture could do harm. Here it kept the picture back, and said why:
+# whether showing the drawn picture could do harm. Here it said no, and why:
 
 # %%
 # NBVAL_IGNORE_OUTPUT

@@ -1667,12 +1667,12 @@ if classroom is not None:
     print("UNK among the five best of any position:", bool((heard.tokens == UNK).any()))
 
 # %% [markdown]
-# It never says UNK. Of what it lacks it makes a look-alike, 國 becomes 团 and 濮 becomes 漠: no table of scripts is at
-# work, only the habit of a classifier whose training lines held nothing but its own alphabet. So to a line in
-# traditional script *this reader is no better than the released conversion, and less predictable*. One thing helps: its
-# confidence falls from mostly over .9 to between .1 and .52, and since the confidence is kept (row 11), the gate of
-# lesson 11b can refuse to draw what was guessed. (In the simplified line it misreads 湾, a character it has, and doubts
-# that too, with .38.) The cure is a larger alphabet.
+# It never says UNK. Of what it lacks it makes something that looks a little like it, 國 becomes 团 and 學 becomes 学, but
+# 濮 becomes 疾: no table of scripts is at work, only the habit of a classifier whose training lines held nothing but its
+# own alphabet. So to a line in traditional script *this reader is no better than the released conversion, and less
+# predictable*. One thing helps: its confidence falls from mostly over .9 to between .12 and .38, and since the
+# confidence is kept (row 11), the gate of lesson 11b can refuse to draw what was guessed. (The simplified line it reads
+# rightly, with .82 or more for each character.) The cure is a larger alphabet.
 
 # %% [markdown]
 # Where does it look while it writes? One line, and for every character the attention over the columns of the map, laid

@@ -947,7 +947,8 @@ assert result.image.shape == lr.shape and float(result.image.abs().max()) <= 1
 
 
 # %% [markdown]
-# The reader of the degraded line saw an N as IN; in the end the text diffusion says what is written there.
+# The reader read the degraded line rightly, and the text diffusion, which began with random characters, ends at the same
+# text.
 #
 # Below: left, the noisy latent $z_t$, decoded; right, the same moment's estimate $\hat z_0$. Above them the two texts:
 # $c_t$, which is mostly noise for a long time, and the text that the TDM believes in, which conditions the image.
