@@ -1460,7 +1460,7 @@ assert all(("d_weight" in row) == (step >= 8) for step, row in enumerate(told))
 # %%
 card_file = Path("../data/weights/classroom/run.json")
 card = json.loads((card_file if card_file.exists() else through.output / "run.json").read_text())["stages"]
-wanted = [("recognizer", "loss"), ("recognizer", "norm"), ("idm", "loss gain_first"),
+wanted = [("recognizer, third edition", "loss"), ("recognizer, third edition", "norm"), ("idm", "loss gain_first"),
           ("tdm, second edition", "accuracy_high_t accuracy_reader")]  # fmt: skip
 figure, panels = plt.subplots(1, len(wanted), figsize=(11, 2), layout="constrained")
 for panel, (stage, names) in zip(panels, wanted):
