@@ -210,8 +210,8 @@ print(f"(the stem is {int(glyph[30].sum())} pixels wide)")
 #
 # A reader does not mind where exactly a stroke runs, as long as the character is that character. That is what the OCR
 # loss of lesson 07 is for, and here, where the answer is sharp, is its place: `ocr_weight`. The table below is of the
-# fourth edition of the weights of this project (NED by PP-OCRv4, which had no part in the training, on the 40 *severe*
-# lines of `data/eval/dev`; gate off).
+# weights in this repository (NED by PP-OCRv4, which had no part in the training, on the 40 *severe* lines of
+# `data/eval/dev`; gate off).
 #
 # | steps with the reading loss, 8 lines each | with the true text | with no text |
 # | --- | --- | --- |
@@ -220,11 +220,11 @@ print(f"(the stem is {int(glyph[30].sum())} pixels wide)")
 # | 400 | .889 | .534 |
 # | 608 | .879 | .555 |
 # | and 463 on lines of all strengths, a third of them with texts as they are read | .762 | .521 |
+# | and 942 more on lines of all strengths | .730 | .539 |
 #
 # (The runs behind it are described in `data/weights/classroom/README.md`; they take an hour, not a lesson.) The input
-# itself is read at .558. The last row is the fourth edition: on the way from 608 the network has learned not to believe
-# everything that it is told, which costs some of what a true text can do. (What lies in `data/weights` now, the fifth,
-# went on from there for 942 steps, with the same losses and texts as they are read; the table was not measured again.)
+# itself is read at .558. The last row is what lies in `data/weights`: on the way from 608 the network has learned not
+# to believe everything that it is told, which costs some of what a true text can do.
 #
 # The text has begun to count; and with it, *whether the text is right* has begun to count. Before, a misreading did no
 # harm because nobody listened. Now it is drawn. So the gate of lesson 11b asks how certain the text is, and lesson 11d
