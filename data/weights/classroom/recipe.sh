@@ -19,7 +19,7 @@ pool pool 24000 13 --identity 0.08
 pool severe 14000 17 --identity 0 --strength severe
 
 train vae pool 21 --warmup 50 --seed 1
-train recognizer pool 190 --seed 5
+train recognizer pool 245 --seed 5
 # Mostly at the first time, and from the mean of its noise: a small model that takes one step learns that step.
 train idm pool 39 --warmup 40 --learning-rate 1e-3 --seed 22 --overrides first 0.75 temperature 0 ocr_weight 0
 # One step and its decoder learn to be sharp; then to draw what they are told, first where only the text can help, and
@@ -27,7 +27,7 @@ train idm pool 39 --warmup 40 --learning-rate 1e-3 --seed 22 --overrides first 0
 train few-step pool 58 --warmup 40 --learning-rate 4e-4 --ema 0.99 --seed 23 --overrides ocr_weight 0
 train few-step severe 36 --warmup 20 --learning-rate 6e-4 --ema 0.98 --seed 61 \
   --overrides max_steps 1 columns 16 ocr_lines 8 decoder false jitter 0.004 text_mix 0.1,0.75,0.1,0.05
-train few-step pool 42 --warmup 20 --learning-rate 5e-4 --ema 0.98 --seed 62 \
+train few-step pool 78 --warmup 20 --learning-rate 5e-4 --ema 0.98 --seed 62 \
   --overrides max_steps 1 jitter 0.004 text_mix 0.35,0.45,0.1,0.1
-train tdm pool 30 --warmup 20 --batch-size 32 --ema 0.98 --seed 31 --overrides text_mix 0.8,0.1,0.05,0.05
-train mom pool 4 --warmup 20 --batch-size 8 --ema 0.98 --seed 32
+train tdm pool 42 --warmup 20 --batch-size 32 --ema 0.98 --seed 31 --overrides text_mix 0.8,0.1,0.05,0.05
+train mom pool 7 --warmup 20 --batch-size 8 --ema 0.98 --seed 32
