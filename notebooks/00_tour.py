@@ -16,7 +16,7 @@
 # **What you will understand.** What each network is for and which lesson builds it; why a restored line is *drawn* and
 # not recovered; and why the model sometimes hands the bad line back.
 #
-# **Needs.** 0.5 minutes and 1 GB of memory on two CPU cores; no GPU, nothing to install beyond the project.
+# **Needs.** 0.5 minutes and 0.6 GB of memory on two CPU cores; no GPU, nothing to install beyond the project.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/00_tour.ipynb)

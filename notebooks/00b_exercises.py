@@ -16,7 +16,7 @@
 # **What you will understand.** How to work the exercises, alone or in a class; why two tensors that "are equal" may
 # not be; what a check should say to somebody who is wrong; and how to write a task of your own.
 #
-# **Needs.** 0.5 minutes and 0.5 GB of memory on two CPU cores; nothing but Python and torch.
+# **Needs.** 0.5 minutes and 0.4 GB of memory on two CPU cores; nothing but Python and torch.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/00b_exercises.ipynb)

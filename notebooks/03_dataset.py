@@ -22,7 +22,7 @@
 # the method's authors, and what happens to a record that breaks them; how a fault is kept from hiding; when it pays to
 # render ahead.
 #
-# **Needs.** 0.5 minutes and 0.7 GB of memory on two CPU cores; no GPU, no download.
+# **Needs.** 0.5 minutes and 0.5 GB of memory on two CPU cores; no GPU, no download.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/03_dataset.ipynb)

@@ -19,7 +19,7 @@
 # **What you will understand.** Why a phase says where a picture lies, and how one scale and one shift are told from a
 # bend; what a filter finds, what it misses, and what it drops that is *good*; why it has to be looked at.
 #
-# **Needs.** 0.5 minutes and 0.7 GB of memory on two CPU cores; no GPU, no download.
+# **Needs.** 0.5 minutes and 0.5 GB of memory on two CPU cores; no GPU, no download.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/03b_cleaning.ipynb)

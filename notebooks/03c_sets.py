@@ -69,7 +69,7 @@ where_it_sits("sets")
 # - what a set for choices and a set for reports are for, and why neither may be met in training;
 # - what lines cost, and what it takes to feed 3,000 of them a second.
 #
-# **What it needs**: 0.5 minutes and 0.7 GB of memory on two CPU cores; no GPU, no download.
+# **What it needs**: 0.5 minutes and 0.4 GB of memory on two CPU cores; no GPU, no download.
 
 # %%
 #| default_exp sets

@@ -17,7 +17,7 @@
 # is asked to predict, and why the published choice gives wrong colours for so long; how uncertain text is told
 # honestly; and how a loss that reads the picture can teach the network, or only seem to.
 #
-# **Needs.** 1 minute and 1 GB of memory on two CPU cores; no GPU.
+# **Needs.** 1 minute and 0.8 GB of memory on two CPU cores; no GPU.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/07_idm.ipynb)

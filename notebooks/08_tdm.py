@@ -17,8 +17,7 @@
 # turns a guess of the clean text into one step backwards, and why the same guess needs another rule when it was
 # learned by cross-entropy. Why the released code hardly ever corrects a character: one index in the wrong place.
 #
-# **What you need.** Lessons 05 (the reader and its `Reading`) and 07 (diffusion on latents). 1 minute and
-# 1 GB of memory on two CPU cores.
+# **What you need.** Lessons 05 (the reader and its `Reading`) and 07 (diffusion on latents). 0.5 minutes and 0.5 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/08_tdm.ipynb)

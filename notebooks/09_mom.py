@@ -17,7 +17,7 @@
 # learn nothing. Why a module that was trained with the correct text is misled at test time. What "frozen" has to
 # mean. And why a gain is not yet an explanation: the last section asks who deserves the credit.
 #
-# **What you need.** Lessons 05 to 08. 1 minute and 1 GB of memory on two CPU cores.
+# **What you need.** Lessons 05 to 08. 0.5 minutes and 0.9 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/09_mom.ipynb)

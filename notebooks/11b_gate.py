@@ -17,7 +17,7 @@
 # without knowing the truth; how two readings of one line are aligned; and why the gate must be tested against
 # restorers that lie.
 #
-# **What you need.** Lessons 05 and 11. 0.5 minutes and 1 GB of memory on two CPU cores.
+# **What you need.** Lessons 05 and 11. 0.5 minutes and 0.5 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/11b_gate.ipynb)

@@ -16,7 +16,7 @@
 # times does badly when it takes few steps; why the second step must be trained on the model's own first step; and what
 # speed costs.
 #
-# **What you need.** Lessons 04, 07 and 11. 1 minute and 1.5 GB of memory on two CPU cores.
+# **What you need.** Lessons 04, 07 and 11. 1 minute and 0.8 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/11c_few_steps.ipynb)

@@ -14,7 +14,7 @@
 # **What you will understand.** Why a network's own probability is not that number; what calibration is; how to read a
 # reliability diagram.
 #
-# **What you need.** Lessons 05, 08 and 11b. 0.5 minutes and 0.5 GB of memory on two CPU cores.
+# **What you need.** Lessons 05, 08 and 11b. 0.5 minutes and 0.7 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/11d_certainty.ipynb)

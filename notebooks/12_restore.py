@@ -14,7 +14,7 @@
 # **What you will understand.** What image files really contain and how a program goes wrong on them; why the result
 # must get its shape back; what "the same seed gives the same bytes" asks for; how a program says no.
 #
-# **What you need.** Lessons 10 and 11. 0.5 minutes and 1.5 GB of memory on two CPU cores.
+# **What you need.** Lessons 10 and 11. 0.5 minutes and 1.2 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/12_restore.ipynb)

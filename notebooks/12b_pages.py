@@ -15,8 +15,7 @@
 # **What you will understand.** Where a line may be cut; why pieces must overlap to join without a seam; how a slanted
 # line is made straight and made slanted again.
 #
-# **What you need.** Lesson 12, and for pages the packages of `pip install "difftsr[pages]"`. 1 minute and 1.5 GB of
-# memory on two CPU cores.
+# **What you need.** Lesson 12, and for pages the packages of `pip install "difftsr[pages]"`. 0.5 minutes and 0.8 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/12b_pages.ipynb)

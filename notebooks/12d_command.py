@@ -15,7 +15,7 @@
 # **What you will understand.** How a program treats other people's files; what makes a batch safe to interrupt; why a
 # command has two kinds of readers, people and machines.
 #
-# **What you need.** Lesson 12. 0.5 minutes and 1 GB of memory on two CPU cores.
+# **What you need.** Lesson 12. 0.5 minutes and 1.2 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/12d_command.ipynb)

@@ -15,7 +15,7 @@
 # **What you will understand.** What each number sees and what it cannot see: for every one of them you will meet a pair
 # of pictures that fools it. And why a judge must never have been the teacher.
 #
-# **Needs.** 1 minute and 1.5 GB of memory on two CPU cores.
+# **Needs.** 0.5 minutes and 0.7 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/14_measures.ipynb)

@@ -15,7 +15,7 @@
 # **What you will understand.** Why a baseline must run on the same lines in the same run, what decides a result (and so
 # must be part of the name under which it is kept), and how a killed run goes on where it stopped.
 #
-# **Needs.** Lesson 14. 0.5 minutes and 1 GB of memory on two CPU cores.
+# **Needs.** Lesson 14. 0.5 minutes and 0.7 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/14b_restorers.ipynb)

@@ -15,7 +15,7 @@
 # **What you will understand.** What "better" means when two means differ by a hair, why a set has a distance but a line
 # has none, what one wrong pair does to a mean, and which characters are lost first.
 #
-# **Needs.** Lessons 14 and 14b. 0.5 minutes and 1 GB of memory on two CPU cores.
+# **Needs.** Lessons 14 and 14b. 0.5 minutes and 0.5 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/14c_scores.ipynb)

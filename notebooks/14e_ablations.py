@@ -14,7 +14,7 @@
 # **What you will understand.** Which switch of the committed weights earns its keep, why rows are compared line by
 # line, and how the true text tells how much a better reader could bring.
 #
-# **What it needs.** 0.5 minutes and 1 GB of memory on two CPU cores.
+# **What it needs.** 0.5 minutes and 0.4 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/14e_ablations.ipynb)

@@ -15,7 +15,7 @@
 # **What you will understand.** How a run is put together so that it can be killed and taken up, what a fair demo
 # shows, and how good the committed weights are.
 #
-# **What it needs.** 0.5 minutes and 1 GB of memory on two CPU cores.
+# **What it needs.** 0.5 minutes and 0.4 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/14f_evaluate.ipynb)

@@ -17,7 +17,7 @@
 # checkpoint, and why opening one can run a stranger's program; how an alphabet breaks a model; and what each habit of
 # the released code does to a picture.
 #
-# **Needs.** Lessons 04 to 11. 1 minute and 1.5 GB of memory on two CPU cores. The released files themselves are *not*
+# **Needs.** Lessons 04 to 11. 0.5 minutes and 2.2 GB of memory on two CPU cores. The released files themselves are *not*
 # needed: everything is shown on small files that we write ourselves. If you have them, the last section is for you.
 
 # %% [markdown] tags=["badge"]

@@ -17,7 +17,7 @@
 # of second order buys and when it buys nothing; why 8 bits help one network and not another; and how to tell a
 # speed-up from a measuring error.
 #
-# **What you need.** Lessons 11, 11c and 12. 2 minutes and 2 GB of memory on two CPU cores.
+# **What you need.** Lessons 11, 11c and 12. 1 minute and 0.9 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/16_faster.ipynb)
