@@ -365,11 +365,12 @@ def test_calibration_finds_the_best_temperature_and_reading_uses_it(trained):
     assert best < colder and best < hotter
     net.generator_word.scale *= 2
     net.generator_word.bias *= 2  # twice as sure of itself
-    assert net.calibrate(batch["lr"], batch["tokens"]) == pytest.approx(2 * temperature, rel=0.05)
+    doubled = net.calibrate(batch["lr"], batch["tokens"])
+    assert doubled == pytest.approx(2 * temperature, rel=0.05)  # up to the grid of temperatures
     after, real = net.read(batch["lr"]), batch["tokens"] != PAD
     assert after.best.equal(before.best)
     change = (after.confidence - before.confidence)[real].mean()
-    assert change > 0 if temperature < 1 else change <= 0
+    assert change > 0 if doubled < 2 else change <= 1e-6
 
 
 def test_stage_uses_lr_for_half_and_only_known_centers():
