@@ -69,7 +69,7 @@ class RestoreConfig:
     """Find the lines on a photograph or a page, restore each and put it back (pip install "difftsr[pages]")."""
     scale: Literal[1, 2, 3, 4] | None = None
     """So many times as large as the input. By default a line becomes 128 pixels high, or stays as high as it is where
-    that is more, and a page becomes twice as large."""
+    that is more (from 1,024 on it is reduced as it is read), and a page becomes twice as large."""
     format: Literal["keep", "png", "jpeg", "webp", "tiff", "bmp"] = "keep"
     """File format of the results; "keep" takes that of the input where it can be written, and otherwise PNG."""
     text: str | None = None
