@@ -135,9 +135,9 @@ def collate(records: Sequence[dict]) -> dict:
     }
 
 
-def to_float(images: np.ndarray) -> torch.Tensor:
-    """Images `(B, H, W, 3)` uint8 as a tensor `(B, 3, H, W)` float32 in [-1, 1]."""
-    planes = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+def to_float(images: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Images `(B, H, W, 3)` uint8 as a tensor `(B, 3, H, W)` float32 in [-1, 1] on `device`, whither bytes travel."""
+    planes = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2)
     return planes.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
 
 # %% ../notebooks/03_dataset.ipynb #65b08130
@@ -741,10 +741,12 @@ def make_loader(
     start: int = 0,
     rank: int = 0,
     world: int = 1,
+    device: torch.device | str = "cpu",
 ) -> Iterator[dict]:
     """Endless batches, from batch number `start` on; the same ones for any number of `workers` (processes).
 
-    A batch is `dict(hr, lr (B, 3, H, W) float32 in [-1, 1], tokens (B, 24) long, centers (B, 24), text list[str])`.
+    A batch is `dict(hr, lr (B, 3, H, W) float32 in [-1, 1], tokens (B, 24) long, centers (B, 24), text list[str])`, its
+    pictures on `device`.
     """
     if isinstance(dataset, ShardLines):
         stream = ShardBatches(dataset, batch_size, seed=seed, start=start, rank=rank, world=world)
@@ -755,7 +757,7 @@ def make_loader(
     with _one_thread():
         batches = iter(loader)  # the processes start here
     for batch in batches:  # pictures travel between processes as bytes and become numbers here
-        yield {**batch, "hr": to_float(batch["hr"]), "lr": to_float(batch["lr"])}
+        yield {**batch, "hr": to_float(batch["hr"], device), "lr": to_float(batch["lr"], device)}
 
 
 def _as_it_is(batch: dict) -> dict:

@@ -148,7 +148,8 @@ def join_verdicts(verdicts: Sequence[Verdict | None]) -> Verdict | None:
         return None
     actions = {verdict.action for verdict in verdicts}
     reasons = [f"piece {k}: {reason}" for k, verdict in enumerate(verdicts) for reason in verdict.reasons]
-    return Verdict(actions.pop() if len(actions) == 1 else "blended", sum((v.trust for v in verdicts), []), reasons)
+    action = actions.pop() if len(actions) == 1 else "blended"
+    return Verdict(action, sum((v.trust for v in verdicts), []), reasons, all(v.faithful for v in verdicts))
 
 
 def join_restorations(

@@ -483,7 +483,7 @@ class TransOCR(nn.Module):
         x = images * ((high - low) / 2) + (high + low) / 2
         if x.shape[-2:] != c.size:
             smooth = dict(antialias=True, align_corners=False) if c.resize == "bilinear" else {}
-            x = F.interpolate(x, c.size, mode=c.resize, **smooth)
+            x = F.interpolate(x.float(), c.size, mode=c.resize, **smooth)  # not there in bfloat16
         return self.encoder(x.contiguous(memory_format=torch.channels_last))  # the faster order for small convolutions
 
     def columns(self, features: Tensor) -> list[KeysValues]:

@@ -213,8 +213,8 @@ class CachedLatents(Dataset):
         device, batch_size, at = next(model.parameters()).device, 32, 0
         model.eval()
         with tqdm(total=count, desc="encoding lines", unit="line") as bar:
-            for batch in make_loader(dataset, batch_size, seed=seed):
-                hr, lr = batch["hr"].to(device), batch["lr"].to(device)
+            for batch in make_loader(dataset, batch_size, seed=seed, device=device):
+                hr, lr = batch["hr"], batch["lr"]
                 reading = model.recognizer.read(lr)
                 found = {
                     "z_hr": model.vae.to_latent(hr), "z_lr": model.vae.to_latent(lr), "features": reading.features,
@@ -477,7 +477,7 @@ class Trainer:
         else:
             self.batches = make_loader(
                 self.dataset, size, seed=config.seed, workers=config.workers, start=shares,
-                rank=self.rank, world=self.world,
+                rank=self.rank, world=self.world, device=self.device,
             )  # fmt: skip
         self.unseen = open_source(config.validation, *shape, seed=config.seed + 1) if config.validation else None
 

@@ -9,6 +9,7 @@ from difftsr.gate import (
     certainty,
     gate,
     gaussian,
+    is_faithful,
     mask_of,
     mismatch,
     mismatch_limit,
@@ -55,6 +56,15 @@ def test_a_gaussian_has_its_width(sigma):
     x = torch.arange(len(weights)) - len(weights) // 2
     assert float(weights.sum()) == pytest.approx(1, abs=1e-6)
     assert float((weights * x**2).sum().sqrt()) == pytest.approx(sigma, rel=0.1 if sigma < 1 else 0.02)
+
+
+def test_agreement_says_more_where_the_input_has_more_rows():
+    flat, bump = torch.full((120,), 0.1), torch.full((120,), 0.1)
+    bump[50:60] = 0.2  # one twelfth of the line
+    assert is_faithful(flat, 32, 0.15) and not is_faithful(flat, 21, 0.15)
+    assert not is_faithful(bump, 32, 0.15) and is_faithful(bump, 48, 0.15)
+    assert not is_faithful(3.1 * flat, 64, 0.15) and not is_faithful(3.1 * flat, 1000, 0.15)
+    assert not is_faithful(torch.zeros(120), 64, 0.0)
 
 
 def test_blur_keeps_constants_and_treats_each_axis_and_channel_alone():
@@ -165,7 +175,7 @@ def test_by_default_one_refused_character_takes_the_line_back():
     lit = same_light(restored[None], lr[None])[0].clamp(-1, 1)
     for after, action in ((reading("AC", 0.8, 0.6), "input"), (reading("AB", 0.8, 0.6), "blended")):
         reader = Reader((lr, reading("AB", 0.8, 0.66)), (lit, after))
-        images, [verdict], _ = gate(reader, lit[None], lr[None], [SIZE], config=GateConfig(mismatch=9, worse=1))
+        images, [verdict], _ = gate(reader, lit[None], lr[None], [SIZE], config=GateConfig(mismatch=9, faithful=0, worse=1))
         assert verdict.action == action and torch.equal(images[0], lr) == (action == "input")
 
 
@@ -173,7 +183,7 @@ def test_a_line_that_became_less_certain_is_taken_back():
     lr, restored = blur(bars()[None], (1.0, 1.0))[0], bars()
     lit = same_light(restored[None], lr[None])[0].clamp(-1, 1)
     reader = Reader((lr, reading("AB", 0.8, 0.8)), (lit, reading("AB", 0.76, 0.76)))
-    images, [verdict], _ = gate(reader, lit[None], lr[None], [SIZE], config=GateConfig(mismatch=9))
+    images, [verdict], _ = gate(reader, lit[None], lr[None], [SIZE], config=GateConfig(mismatch=9, faithful=0))
     assert verdict.action == "input" and torch.equal(images[0], lr) and "less certain by 0.04" in verdict.reasons[-1]
 
 
@@ -182,7 +192,7 @@ def test_what_is_put_back_is_the_safe_picture():
     lit = same_light(restored[None], lr[None])[0].clamp(-1, 1)
     for worse, after in ((0.02, 0.6), (1.0, 0.6)):  # the whole line is less certain; half of its characters is blended
         reader = Reader((lr, reading("AB", 0.8, 0.8)), (lit, reading("AB", 0.9, after)))
-        config = GateConfig(mismatch=9, worse=worse)
+        config = GateConfig(mismatch=9, faithful=0, worse=worse)
         images, [verdict], _ = gate(reader, lit[None], lr[None], [SIZE], config=config, safe=safe[None])
         if verdict.action == "input":
             assert torch.equal(images[0], safe)
@@ -196,10 +206,22 @@ def test_a_line_drawn_with_an_uncertain_text_is_not_shown():
     reader = Reader((lr, reading("AB", 0.8, 0.8)), (lit, reading("AB", 0.9, 0.9)))
     actions = []
     for sure in (None, [[]], [[0.9, 0.9]], [[0.99, 0.6]]):  # nothing is known; no text was drawn; certain; uncertain
-        images, [verdict], _ = gate(reader, lit[None], lr[None], [SIZE], config=GateConfig(mismatch=9), sure=sure)
+        images, [verdict], _ = gate(reader, lit[None], lr[None], [SIZE], config=GateConfig(mismatch=9, faithful=0), sure=sure)
         actions.append(verdict.action)
         assert torch.equal(images[0], lr) == (verdict.action == "input")
     assert actions == ["kept", "kept", "kept", "input"] and "80%" in verdict.reasons[-1]
+
+
+def test_what_agrees_with_the_input_is_shown_though_nobody_is_certain_of_it():
+    lr = blur(bars()[None], (1.0, 1.0))[0]
+    lit = same_light(bars()[None], lr[None])[0].clamp(-1, 1)
+    unsure = dict(config=GateConfig(mismatch=9), sure=[[0.3, 0.3]])
+    reader = Reader((lr, reading("AB", 0.8, 0.8)), (lit, reading("AB", 0.6, 0.6)))
+    images, [verdict], _ = gate(reader, lit[None], lr[None], [SIZE], **unsure)
+    assert verdict.action == "kept" and verdict.faithful and torch.equal(images[0], lit)
+    other = Reader((lr, reading("AB", 0.95, 0.95)), (lit, reading("AC", 0.99, 0.99)))  # agreement is no leave to lie
+    _, [verdict], _ = gate(other, lit[None], lr[None], [SIZE], **unsure)
+    assert verdict.action == "input" and not verdict.faithful
 
 
 def test_certainty_of_an_empty_reading_is_zero():
@@ -213,7 +235,7 @@ def test_a_line_is_read_again_only_where_it_was_blended():
         reader, pictures = Reader((lr[0], reading("AB", 0.8, 0.8)), (restored[0], reading("AB", 0.9, certain))), []
         read, reader.read = reader.read, lambda images: pictures.append(images) or read(images)
         known = {"before": read(lr), "after": read(restored)}
-        _, [verdict], _ = gate(reader, restored, lr, [SIZE], config=GateConfig(mismatch=9, worse=1), **known)
+        _, [verdict], _ = gate(reader, restored, lr, [SIZE], config=GateConfig(mismatch=9, faithful=0, worse=1), **known)
         return verdict.action, len(pictures)
 
     assert asked(0.9) == ("kept", 0) and asked(0.7) == ("blended", 1)
