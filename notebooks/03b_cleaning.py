@@ -700,18 +700,262 @@ shutil.rmtree(folder)
 # 5. How many of the dropped ones were good, and how many bad ones were kept. Both need somebody who looks.
 #
 # </details>
-#
+
+# %% [markdown]
 # ## Exercises
 #
-# 1. Lower `min_sharpness` to .1 and clean the planted folder again. Which fault passes now, and is it still in the
-#    report?
-# 2. Write a fault of your own in the manner of `plant_faults`, such as a label whose first two characters are
-#    exchanged. Which rule would have to see it, and what would that rule need?
-# 3. `mark_duplicates` compares pictures with equal texts only. Find a set where that misses a repeat, and say what it
-#    would cost to look for it.
+# The same tasks without solutions: [exercises/03b_cleaning.ipynb](../exercises/03b_cleaning.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+from collections.abc import Callable
+from itertools import combinations
+
+import cv2
+import numpy as np
+
+import difftsr.cleaning as lesson
+from difftsr.exercises import check, near
+
+
+# %% [markdown]
+# ### 1 · Sharp, or only strong? · ●○○ easy
 #
-# Graded tasks on records, names and orders end [lesson 03](03_dataset.ipynb); its first one is about these rules.
+# Faint print may be perfectly sharp, and bold print blurred. Measure how fast the gray values of a line change, so that
+# neither its contrast nor its brightness counts. A line whose standard deviation is 1 or less is empty, and its
+# sharpness 0.
 #
+# <details><summary>Hint</summary>
+#
+# `cv2.Laplacian(gray, cv2.CV_32F)` holds the second differences. What do both its spread and that of the line do when
+# the contrast is halved?
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def sharp(gray: np.ndarray) -> float:
+    """Sharpness of a line (h, w), float32, 0 ... 255."""
+    ### BEGIN SOLUTION
+    ### STUB: return float(cv2.Laplacian(gray, cv2.CV_32F).std())
+    spread = float(gray.std())
+    return float(cv2.Laplacian(gray, cv2.CV_32F).std()) / spread if spread > 1 else 0.0
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+strokes = np.random.default_rng(0).random((8, 40)) < 0.4
+printed = np.kron(strokes, np.full((8, 8), 200)).astype(np.float32)  # (64, 320), of height 64 as in the lesson
+check({
+    "a wide blur should take more than half of it": lambda: 0 < sharp(cv2.GaussianBlur(printed, (0, 0), 4))
+    < sharp(printed) / 2,
+    "half the contrast, and just as sharp": lambda: near(sharp(printed / 2), sharp(printed), 1e-3),
+    "a brighter line is no sharper": lambda: near(sharp(printed + 40), sharp(printed), 1e-3),
+    "an empty line has no sharpness, and no contrast to divide by": lambda: sharp(np.full((64, 99), 128, np.float32))
+    == sharp(np.eye(64, dtype=np.float32)) == 0,
+    "it is not the sharpness of the lesson": lambda: near(
+        sharp(printed), lesson.sharpness(np.repeat(printed[..., None], 3, 2).astype(np.uint8)), 1e-3),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · Found, misnamed, missed, innocent · ●○○ easy
+#
+# You have planted faults, so you know the truth, and the filter has given its reasons. Count four things: faults that
+# were found for their own reason; faults that were dropped, but for another one; faults that were kept; and good
+# records that were dropped. The last one is missing in most reports.
+#
+# <details><summary>Hint</summary>
+#
+# Go through both lists with `zip`. For each pair ask first whether there was a fault, then whether there was a reason.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def counted(planted: list[str | None], said: list[str | None]) -> tuple[int, int, int, int]:
+    """(found, misnamed, missed, innocent) of records; None is no fault, and no reason."""
+    ### BEGIN SOLUTION
+    ### STUB: return sum(reason is not None for reason in said), 0, 0, 0
+    pairs = list(zip(planted, said, strict=True))
+    found = sum(fault is not None and reason == fault for fault, reason in pairs)
+    misnamed = sum(fault is not None and reason not in (fault, None) for fault, reason in pairs)
+    missed = sum(fault is not None and reason is None for fault, reason in pairs)
+    return found, misnamed, missed, sum(fault is None and reason is not None for fault, reason in pairs)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+truth = ["blurred", None, "shifted", None, "blurred", "ratio", None]
+check({
+    "who names every fault makes no mistake": lambda: tuple(counted(truth, truth)) == (4, 0, 0, 0),
+    "who drops nothing misses every fault": lambda: tuple(counted(truth, [None] * 7)) == (0, 0, 4, 0),
+    "who drops everything has dropped good ones too": lambda: tuple(counted(truth, ["blurred"] * 7)) == (2, 2, 0, 3),
+    "a fault that was dropped for another reason is neither found nor missed": lambda: tuple(
+        counted(["ratio", "ratio", "ratio"], ["blurred", None, "ratio"])) == (1, 1, 1, 0),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · Ask the phases · ●●○ medium
+#
+# A row of pixels was moved and continues at its beginning. Find by how much, from the phases alone, and with a sign:
+# to the left is negative. Predict first: a broad hill of light stands still while the strokes in it move. What does the
+# peak of the plain correlation say, and what does that of the phases say?
+#
+# <details><summary>Hint</summary>
+#
+# Section 1 has all of it but two things: what a peak beyond the middle means, and what happens at a frequency that
+# neither row contains. A floor such as `np.maximum(size, 1e-9)` helps with the second.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def shift_of(a: np.ndarray, b: np.ndarray) -> int:
+    """By how many pixels b (n,) lies to the right of a (n,), between -n / 2 and n / 2."""
+    ### BEGIN SOLUTION
+    ### STUB: return int(np.fft.ifft(np.fft.fft(b) * np.fft.fft(a).conj()).real.argmax())
+    cross = np.fft.fft(b) * np.fft.fft(a).conj()
+    place = int(np.fft.ifft(cross / np.maximum(np.abs(cross), 1e-9)).real.argmax())
+    return place - len(a) if place > len(a) // 2 else place
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+row = np.random.default_rng(1).normal(size=64)
+hill = 8 * np.cos(2 * np.pi * np.arange(64) / 64)
+wave = np.sin(2 * np.pi * np.arange(64) / 64)  # one frequency; the others are zero, up to rounding
+check({
+    "a row that was not moved has no shift": lambda: shift_of(row, row) == 0,
+    "to the right is positive": lambda: shift_of(row, np.roll(row, 5)) == 5 and shift_of(row, np.roll(row, 30)) == 30,
+    "to the left is negative": lambda: shift_of(row, np.roll(row, -7)) == -7,
+    "contrast and brightness say nothing about the place": lambda: shift_of(row, 0.2 * np.roll(row, 9) + 3) == 9,
+    "the hill stands still, the strokes have moved: do all frequencies have the same say?": lambda: shift_of(
+        row + hill, np.roll(row, 9) + hill) == 9,
+    "a frequency that is not there should not be divided by": lambda: shift_of(np.zeros(64), np.zeros(64)) == 0
+    and shift_of(wave, np.roll(wave, 4)) == 4,
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 4 · A scale, a shift, or a bend? · ●●○ medium
+#
+# Windows at the places $x$ (0 is the middle of the line) have moved by $d + s x$, if one side is merely shifted and
+# wider. Fit both by weighted least squares, $\min \sum_k w_k (m_k - d - s x_k)^2$, and say what they leave over: the
+# root of the weighted mean of the squares. Predict first, on paper: what are shift, scale and residual of three windows
+# at -1, 0, 1 that moved by -2, 1, 4? By -2, 4, -2?
+#
+# <details><summary>Hint</summary>
+#
+# `np.polyfit(x, moved, 1, w=...)` gives the slope first. Beware: its weights multiply the errors, not their squares.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def fitted(x: np.ndarray, moved: np.ndarray, weights: np.ndarray) -> tuple[float, float, float]:
+    """(shift d, scale s, residual) from places, movements and weights of the windows, each (k,), k at least 2."""
+    ### BEGIN SOLUTION
+    ### STUB: return moved.mean(), 0.0, moved.std()
+    scale, shift = np.polyfit(x, moved, 1, w=np.sqrt(weights))
+    left_over = moved - shift - scale * x
+    return shift, scale, np.sqrt((weights * left_over**2).sum() / weights.sum())
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+three = np.array([-1.0, 0.0, 1.0])
+places = np.array([0.0, 1.0, 2.0, 4.0])
+moves = np.array([1.0, 3.0, 2.0, 6.0])
+twice = np.array([0, 0, 1, 2, 3, 3, 3])  # window 0 twice, window 3 three times
+check({
+    "what moved as a whole is only shifted": lambda: near(fitted(three, np.full(3, 2.0), np.ones(3)), [2, 0, 0]),
+    "on a straight line the slope is the scale, and nothing is left over": lambda: near(
+        fitted(three, np.array([-2.0, 1.0, 4.0]), np.ones(3)), [1, 3, 0]),
+    "the shift is that of the middle of the line, x = 0, wherever the windows lie": lambda: near(
+        fitted(three + 5, 0.5 * (three + 5) - 1, np.ones(3)), [-1, 0.5, 0]),
+    "a bend is neither shift nor scale": lambda: near(
+        fitted(three, np.array([-2.0, 4.0, -2.0]), np.ones(3)), [0, 0, 8**0.5]),
+    "a window that saw nothing should have no say": lambda: near(
+        fitted(places, np.array([0.0, 1.0, 50.0, 4.0]), np.array([1, 1, 1e-12, 1])), [0, 1, 0], 1e-3),
+    "a weight of 2 should count like the same window twice": lambda: near(
+        fitted(places, moves, np.array([2.0, 1, 1, 3])), fitted(places[twice], moves[twice], np.ones(7))),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 5 · Repeats under another text · ●●● hard
+#
+# `mark_duplicates` compares pictures of equal texts only, so a repeat with a typing error in its label passes. To
+# compare all with all would take half a million million comparisons for a million records. Find all pairs of hashes of
+# 256 bits that differ in at most `limit` of them, without comparing all with all: `differ(i, j)` counts the bits that
+# differ, and how often you call it is counted as well.
+#
+# <details><summary>Hint</summary>
+#
+# Cut the 256 bits into `limit + 1` pieces. Can `limit` differences reach every piece? So two near hashes have a piece
+# in common: put each record on a shelf for each of its pieces (`bits >> start` and a mask), and compare only what
+# shares a shelf.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def near_pairs(hashes: list[int], limit: int, differ: Callable[[int, int], int]) -> set[tuple[int, int]]:
+    """The pairs (i, j), i < j, of records whose hashes differ in at most `limit` of 256 bits."""
+    ### BEGIN SOLUTION
+    ### STUB: every = range(len(hashes))
+    ### STUB: return {(i, j) for j in every for i in range(j) if hashes[i] == hashes[j]}
+    edges = [256 * piece // (limit + 1) for piece in range(limit + 2)]
+    candidates: set[tuple[int, int]] = set()
+    for start, end in zip(edges, edges[1:]):
+        shelves: dict[int, list[int]] = {}
+        for number, bits in enumerate(hashes):
+            shelves.setdefault((bits >> start) % (1 << (end - start)), []).append(number)
+        candidates.update(pair for shelf in shelves.values() for pair in combinations(shelf, 2))
+    return {(i, j) for i, j in candidates if differ(i, j) <= limit}
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+draw = np.random.default_rng(2)
+several = [int.from_bytes(draw.bytes(32), "big") for _ in range(300)]
+for number in range(40):  # a repeat of each of the first forty, with 0 to 39 bits changed
+    changed = draw.choice(256, number, replace=False)
+    several.append(several[number] ^ sum(1 << int(bit) for bit in changed))
+
+
+def tried(limit: int) -> tuple[set[tuple[int, int]], int]:
+    """What was found, and with how many comparisons."""
+    calls = []
+
+    def differ(i: int, j: int) -> int:
+        calls.append((i, j))
+        return (several[i] ^ several[j]).bit_count()
+
+    return near_pairs(list(several), limit, differ), len(calls)
+
+
+def wanted(limit: int) -> set[tuple[int, int]]:
+    """By comparing all with all."""
+    return {(i, j) for i, j in combinations(range(340), 2) if (several[i] ^ several[j]).bit_count() <= limit}
+
+
+check({
+    "equal hashes are a pair, the earlier record first": lambda: tried(0)[0] == {(0, 300)},
+    "some pairs within the limit are not found": lambda: all(wanted(n) <= tried(n)[0] for n in (1, 10, 20)),
+    "some pairs differ in more bits than allowed": lambda: all(tried(n)[0] <= wanted(n) for n in (1, 10, 20)),
+    "let `differ` compare, so that it can be counted": lambda: tried(10)[1] >= len(tried(10)[0]),
+    "most pairs need not be compared at all": lambda: tried(10)[1] < 57_630 / 50 and tried(20)[1] < 57_630 / 10,
+})  # fmt: skip
+
+# %% [markdown]
+# ### Projects
+#
+# - Lower `min_sharpness` to .1 and clean the planted folder again. Which fault passes now, and is it still in the
+#   report? Count it with task 2.
+# - Write a fault of your own in the manner of `plant_faults`, such as a label whose first two characters are exchanged.
+#   Which rule would have to see it, and what would that rule need?
+# - The hashes of task 5 were random. Those of real lines are not: a margin of one colour gives a row of equal bits.
+#   What does that do to the shelves, and how would you cut the pieces instead?
+
+# %% [markdown]
 # ## References
 #
 # - Kuglin and Hines, *The Phase Correlation Image Alignment Method*, 1975.
