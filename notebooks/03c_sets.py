@@ -387,6 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     return 0
 
+
 # %% [markdown]
 # ## Summary
 #
@@ -414,16 +415,275 @@ def main(arguments: Sequence[str] | None = None) -> int:
 #    and many steps it is worse: the model sees the same damage again and learns it by heart.
 #
 # </details>
-#
+
+# %% [markdown]
 # ## Exercises
 #
-# 1. Write a pool of 200 lines with `--strength severe` and one with `--strength mild`, and read both with lesson 05's
-#    recogniser.
-# 2. From the rates above: how many cores would feed 3,000 lines a second if every line were rendered anew?
-# 3. Change one pixel of a copy of `data/eval/dev` and let `sha256sum --check SHA256SUMS` find it.
+# The same tasks without solutions: [exercises/03c_sets.ipynb](../exercises/03c_sets.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import hashlib
+from collections import Counter
+
+import numpy as np
+
+from difftsr.exercises import check, near
+
+
+# %% [markdown]
+# ### 1 · Changed, lost, added · ●○○ easy
 #
-# Graded tasks end [lesson 03](03_dataset.ipynb).
+# A set is measured again years later, from a copy. Compare it with its checksums: which files have changed, which are
+# lost, and which are there that nobody summed? `sha256sum --check` says nothing of the last kind, but a program that
+# reads a whole folder reads them too. Files that are as they were are not mentioned.
 #
+# <details><summary>Hint</summary>
+#
+# A line of the sums is the digest, two spaces, and the name, which may hold spaces itself. The digest of bytes is
+# `hashlib.sha256(content).hexdigest()`.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def inspected(sums: str, files: dict[str, bytes]) -> dict[str, str]:
+    """Name -> "changed", "lost" or "added", from the text of SHA256SUMS and the content of each file that is there."""
+    ### BEGIN SOLUTION
+    ### STUB: return {}
+    wanted = {name: digest for digest, name in (line.split("  ", 1) for line in sums.splitlines())}
+    found = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    wrong = {name: "changed" if name in found else "lost" for name in wanted if found.get(name) != wanted[name]}
+    return wrong | {name: "added" for name in found if name not in wanted}
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+whole = {"dev/hr/01.webp": b"a sign", "dev/lr/01 severe.webp": b"a blur", "test/hr/01.webp": b"a plate"}
+sums = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in whole.items())
+check({
+    "of a whole copy there is nothing to tell": lambda: inspected(sums, whole) == {},
+    "one byte is another": lambda: inspected(sums, whole | {"test/hr/01.webp": b"a plane"})
+    == {"test/hr/01.webp": "changed"},
+    "a file that is not there is not a changed one": lambda: inspected(sums, {"test/hr/01.webp": b"a plate"})
+    == {"dev/hr/01.webp": "lost", "dev/lr/01 severe.webp": "lost"},
+    "a file without a sum should be noticed": lambda: inspected(sums, whole | {"dev/hr/02.webp": b"another"})
+    == {"dev/hr/02.webp": "added"},
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · Taking turns · ●●○ medium
+#
+# Each line of a set is drawn in one of $F$ typefaces and spoiled by one of $P$ pipelines. If both simply take turns,
+# and $F = 4$, $P = 2$, the first face meets the first pipeline only: what the report says of that face, it may be
+# saying of that pipeline. Choose both for line `number` (0, 1, 2, …) so that
+#
+# - the faces take turns from line to line;
+# - the first $F P$ lines hold each combination once, and so do the next $F P$;
+# - within each round of $F$ lines the pipelines are used equally often, or as nearly as $F$ and $P$ allow.
+#
+# <details><summary>Hint</summary>
+#
+# How often have all faces had their turn before this line? Let each round begin with another pipeline, and go on from
+# there.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def turn(number: int, faces: int, pipelines: int) -> tuple[int, int]:
+    """The face (0 ... faces - 1) and the pipeline (0 ... pipelines - 1) of a line."""
+    ### BEGIN SOLUTION
+    ### STUB: return number % faces, number % pipelines
+    rounds, face = divmod(number, faces)
+    return face, (rounds + face) % pipelines
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+SHAPES = ((4, 2), (3, 2), (4, 3), (6, 4), (2, 5))
+
+
+def uneven(faces: int, pipelines: int, start: int) -> int:
+    """How much more often than another a pipeline is used in the round that begins at `start`."""
+    uses = Counter(turn(start + step, faces, pipelines)[1] for step in range(faces))
+    return max(uses.values()) - min(uses[pipeline] for pipeline in range(pipelines))
+
+
+check({
+    "the faces should take turns": lambda: [turn(k, 4, 2)[0] for k in range(6)] == [0, 1, 2, 3, 0, 1],
+    "there are only so many pipelines": lambda: all(turn(k, f, p)[1] in range(p) for f, p in SHAPES for k in range(99)),
+    "a face does not meet every pipeline equally often": lambda: all(
+        len({tuple(turn(start + k, f, p)) for k in range(f * p)}) == f * p
+        for f, p in SHAPES for start in (0, f * p, 7 * f * p)),
+    "within a round of faces, one pipeline is used too often": lambda: all(
+        uneven(f, p, f * number) <= 1 for f, p in SHAPES for number in range(20)),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · A fifth strength tomorrow · ●●○ medium
+#
+# In `write_pairs` line $k$ depends on (seed, $k$) alone, but its strengths draw from one generator, one after another.
+# Whoever writes "faint" between mild and medium changes all that come after it, and old figures no longer belong to the
+# new pictures. Draw three normal numbers for each strength so that they depend on the seed, the line, and the *name* of
+# the strength, on every machine and in every run.
+#
+# <details><summary>Hint</summary>
+#
+# `np.random.default_rng` takes a list of integers, and `name.encode()` is a row of small ones. Python's `hash(name)` is
+# an integer as well: start Python twice and compare.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def drawn(seed: int, number: int, strengths: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Strength -> its three standard normal numbers (3,)."""
+    ### BEGIN SOLUTION
+    ### STUB: rng = np.random.default_rng([seed, number])
+    ### STUB: return {name: rng.normal(size=3) for name in strengths}
+    return {name: np.random.default_rng([seed, number, *name.encode()]).normal(size=3) for name in strengths}
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+class Elsewhere(str):
+    """A text as another run of Python has it: the same characters, another hash."""
+
+    def __hash__(self) -> int:
+        return 7
+
+
+four = ("mild", "medium", "hard", "severe")
+check({
+    "each strength wants three numbers": lambda: list(drawn(0, 1, four)) == list(four)
+    and all(np.shape(three) == (3,) for three in drawn(0, 1, four).values()),
+    "asked again, the answer should be the same": lambda: near(drawn(0, 1, four)["hard"], drawn(0, 1, four)["hard"]),
+    "two strengths, two lines or two seeds should not share their numbers": lambda: len({
+        tuple(map(float, three)) for seed in (0, 1) for number in (1, 2) for three in drawn(seed, number, four).values()
+    }) == 16,
+    "a strength that joins, or stands elsewhere, should change none of the others": lambda: all(
+        near(drawn(0, 1, ("severe", "mild", "faint", "medium"))[name], drawn(0, 1, four)[name])
+        for name in ("mild", "medium", "severe")),
+    "another run of Python would draw other numbers": lambda: near(
+        *drawn(0, 1, (Elsewhere("mild"),)).values(), drawn(0, 1, four)["mild"]),
+    "they should be normal: mean 0, variance 1": lambda: near(
+        np.var([drawn(0, number, four)["mild"] for number in range(2000)]), 1.0, 0.1),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 4 · What feeds 3,000 lines a second? · ●●○ medium
+#
+# A core does one thing after another: it renders $r_1$ lines a second, or degrades $r_2$, or reads $r_3$ from a disk.
+# How many cores yield `wanted` lines a second? Some of the work is done whenever a line is used; the rest once, when
+# the pool is written, and that is shared by all `uses` of a line. Predict first: one core renders 260 lines a second,
+# or degrades 170. How many lines does it render *and* degrade in a second?
+#
+# <details><summary>Hint</summary>
+#
+# Rates do not add up. The seconds that a line costs do.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def cores(wanted: float, every_use: list[float], once: list[float], uses: int = 1) -> float:
+    """Cores, not rounded, from the rates (lines a second and core) of the work of each use and of that done once."""
+    ### BEGIN SOLUTION
+    ### STUB: return wanted / min(every_use + once)
+    seconds = sum(1 / rate for rate in every_use) + sum(1 / rate for rate in once) / uses
+    return wanted * seconds
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check({
+    "a core does what its rate says": lambda: near(cores(100, [50.0], []), 2.0),
+    "a second piece of work that takes as long should double the cores": lambda: near(
+        cores(100, [50.0, 50.0], []), 4.0),
+    "work that takes hardly any time should need hardly any cores": lambda: near(
+        cores(100, [50.0, 1e12], [1e12]), 2.0),
+    "what is done once should be shared by all uses": lambda: near(cores(100, [50.0], [20.0], uses=10), 2.5)
+    and near(cores(100, [], [20.0], uses=2), 2.5),
+    "the lesson's plan counts other cores": lambda: near(cores(3000, [259.4, 167.3], []), 29.5, 0.002)
+    and near(cores(3000, [3889.1], [259.4], uses=10**9), 0.77, 0.003),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 5 · One candidate more · ●●● hard
+#
+# Choose an evaluation set by lot, `each` texts of each kind, from a list of candidates. Texts that training has met are
+# no candidates. The list will be sorted, doubled and added to by people who do not know of your draw. So the choice
+# must depend on *which* texts there are, and on the seed, but not on their order; and a new candidate may at most take
+# the place of one text of its own kind. Otherwise a whole set is lost for one good idea.
+#
+# Sorting the list before a seeded draw mends the order only. Why not the rest?
+#
+# <details><summary>Hint</summary>
+#
+# Give each text a lot of its own, a number that depends on seed and text alone (task 3), and let the lowest lots win.
+# Whom can a newcomer push out?
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def kind(text: str) -> str:
+    """Latin, hanzi, or both."""
+    latin, hanzi = any(c.isascii() and c.isalpha() for c in text), any("一" <= c <= "龥" for c in text)
+    return "both" if latin and hanzi else "latin" if latin else "hanzi"
+
+
+def chosen(candidates: list[str], met: set[str], each: int, seed: int) -> set[str]:
+    """At most `each` texts of each kind, by lot, none of them met in training."""
+    ### BEGIN SOLUTION
+    ### STUB: draw = np.random.default_rng(seed).permutation(sorted(set(candidates) - met))
+    ### STUB: return {str(text) for text in draw[: 3 * each]}
+    def lot(text: str) -> bytes:
+        return hashlib.sha256(f"{seed} {text}".encode()).digest()
+
+    groups: dict[str, list[str]] = {}
+    for text in set(candidates) - met:
+        groups.setdefault(kind(text), []).append(text)
+    return {text for group in groups.values() for text in sorted(group, key=lot)[:each]}
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+hanzi = [a + b + c for a in "东西南北" for b in "山河湖海" for c in "路街桥"]
+latin = [f"{a} {b}" for a in ("North", "South", "Old", "New") for b in ("Gate", "Inn", "Station", "Market")]
+both = [f"{a}{b}" for a in ("KTV", "WiFi") for b in "楼厅店"]
+signs = [*hanzi, *latin, *both]
+seen = {*hanzi[::3], *latin[:4], *both[:4]}  # two texts of both kinds are left
+newcomers = [a + b for a in "春夏秋冬" for b in "雨雪风云"]
+check({
+    "what training has met cannot be asked": lambda: not chosen(signs, seen, 5, 0) & seen,
+    "each kind has its share, or all that there are": lambda: Counter(map(kind, chosen(signs, seen, 5, 0)))
+    == {"hanzi": 5, "latin": 5, "both": 2},
+    "order and repetition should not matter": lambda: chosen(signs[::-1] + signs[:9], seen, 5, 0)
+    == chosen(signs, seen, 5, 0),
+    "another seed should choose others": lambda: len({
+        frozenset(chosen(signs, seen, 5, seed)) for seed in range(9)}) > 5,
+    "a newcomer pushed out more than one, or one of another kind": lambda: all(
+        len(lost) <= 1 and set(map(kind, lost)) <= {kind(new)} for new in newcomers
+        for lost in [chosen(signs, seen, 5, 0) - chosen([*signs, new], seen, 5, 0)]),
+    "newcomers should have a chance, too": lambda: any(
+        new in chosen([*signs, new], seen, 5, seed) for new in newcomers for seed in range(5)),
+    "another run of Python would choose others": lambda: {str(t) for t in chosen(
+        [Elsewhere(t) for t in signs], set(), 5, 0)} == chosen(signs, set(), 5, 0),
+    "some texts are favoured": lambda: max(Counter(
+        text for seed in range(200) for text in chosen(latin, set(), 4, seed)).values()) < 85,
+})  # fmt: skip
+
+# %% [markdown]
+# ### Questions to think about
+#
+# - Write a pool of 200 lines with `--strength severe` and one with `--strength mild`, and read both with lesson 05's
+#   recogniser. How much of the difference would you have seen in the pictures?
+# - Change one pixel of a copy of `data/eval/dev` and let `sha256sum --check SHA256SUMS` find it.
+# - Both restorers fail at the same text of `test`, and a colleague wants to replace it by a readable one. What would
+#   the next report then be about?
+
+# %% [markdown]
 # ## References
 #
 # - Chen et al., *Benchmarking Chinese Text Recognition: Datasets, Baselines, and an Empirical Study*, 2021 (arXiv
