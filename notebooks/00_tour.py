@@ -465,17 +465,148 @@ assert where_it_sits("idm").data == where_it_sits("idm").data != where_it_sits("
 #    elsewhere can. Lesson 11b makes that comparison.
 #
 # </details>
-#
+
+# %% [markdown]
 # ## Exercises
 #
-# The lessons from 01 on have tasks that check themselves. Here are three things to try in the cells above instead;
-# write down what you expect first.
+# The same tasks without solutions: [exercises/00_tour.ipynb](../exercises/00_tour.ipynb), and [how they
+# work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import numpy as np
+
+from difftsr.exercises import check, near
+
+
+# %% [markdown]
+# ### 1 · A mean that hides a sheep · ●○○ easy
 #
-# 1. Set `chosen = 1` and run section 3 again: what did the gate do with 亭, and can you see it?
-# 2. Restore line 5 with `temperature=1.0, steps=20, do_no_harm=False` and the seeds 0 to 3. Circle what differs from
-#    seed to seed: that part is invented.
-# 3. Tell line 0, which is hardly damaged, a wrong text. Does it obey? Where do the pixels outvote the text?
+# The gate asks for a *mean* certainty of .9. Say two things of a restored line: whether its mean reaches that, and
+# which of its characters do not, in their order. Predict first: how uncertain may one of eight characters be if the
+# model is quite sure of the other seven?
 #
+# <details><summary>Hint</summary>
+#
+# `sum(certainty) / len(certainty)`, and `zip(text, certainty)` for the characters one by one.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def asked(text: str, certainty: list[float], bar: float = 0.9) -> tuple[bool, str]:
+    """Whether the mean certainty reaches the bar, and the characters that do not."""
+    ### BEGIN SOLUTION
+    ### STUB: return min(certainty) >= bar, text
+    doubted = [character for character, sure in zip(text, certainty) if sure < bar]
+    return sum(certainty) / len(certainty) >= bar, "".join(doubted)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check({
+    "nobody doubts a text that was read for certain": lambda: tuple(asked("竹溪茶舍", [1.0] * 4)) == (True, ""),
+    "the line of section 3 was handed back, for its last two characters": lambda: tuple(
+        asked("南湖码头", [0.99, 0.94, 0.24, 0.16])) == (False, "码头"),
+    "one doubtful character among certain ones gets through, and should be named": lambda: tuple(
+        asked("羊68.50元起", [0.3] + [1.0] * 7)) == (True, "羊"),
+    "what reaches the bar exactly is sure enough": lambda: tuple(asked("INN", [0.5] * 3, bar=0.5)) == (True, ""),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · So much noise, and no more · ●●○ medium
+#
+# $z_t$ is a mixture of a clean latent and noise, and both vary equally: mean 0, variance 1. Mix them so that the result
+# has variance 1 again and a given *share* of it comes from the noise: none at 0, all at 1. Predict first: at a share of
+# one half, are the two factors ½ and ½?
+#
+# <details><summary>Hint</summary>
+#
+# The variances of independent numbers add up, and a factor of $w$ multiplies a variance by $w^2$. So which two squares
+# have to be `share` and `1 - share`?
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def mixed(clean: np.ndarray, noise: np.ndarray, share: float) -> np.ndarray:
+    """Arrays of one shape -> their mixture; `share` of its variance is noise."""
+    ### BEGIN SOLUTION
+    ### STUB: return (1 - share) * clean + share * noise
+    return (1 - share) ** 0.5 * clean + share**0.5 * noise
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+clean, noise = np.random.default_rng(0).normal(size=(2, 16, 16, 64))
+check({
+    "without noise nothing may change": lambda: near(mixed(clean, noise, 0.0), clean),
+    "at a share of 1 nothing of the picture may be left": lambda: near(mixed(clean, noise, 1.0), noise),
+    "a mixture varies less, or more, than what went into it": lambda: all(
+        near(np.var(mixed(clean, noise, share)), 1.0, 0.05) for share in (0.2, 0.5, 0.8)),
+    "the noise has another share of the variance than asked for": lambda: near(
+        np.var(mixed(0 * clean, noise, 0.2)), 0.2, 0.05) and near(np.var(mixed(clean, 0 * noise, 0.2)), 0.8, 0.05),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · Han or Zhang? · ●●● hard
+#
+# Two drawings of the same bad line, and the question of which is true. The pixels can testify: damage each drawing as
+# the line was damaged, and compare with what the camera saw. Here the damage is known, each pixel of the bad picture is
+# the mean of a block of `k` x `k`. The misfit of a drawing is the root of the mean squared difference. Name the drawing
+# that fits better, `"first"` or `"second"`, or say `None` where the two misfits differ by less than `margin`: then the
+# pixels do not know.
+#
+# <details><summary>Hint</summary>
+#
+# `drawing.reshape(h, k, w, k).mean((1, 3))` shrinks a drawing of `h * k` x `w * k` pixels. Compare at the size of the
+# bad picture. Enlarging that one instead would punish every stroke that it cannot show.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def witness(first: np.ndarray, second: np.ndarray, bad: np.ndarray, k: int, margin: float = 0.02) -> str | None:
+    """Which of two drawings (h k, w k) fits the bad picture (h, w); None where it cannot be told."""
+    ### BEGIN SOLUTION
+    ### STUB: return "first" if first.std() > second.std() else "second"
+    h, w = bad.shape
+    shrunk = [drawing.reshape(h, k, w, k).mean((1, 3)) for drawing in (first, second)]
+    one, other = [((picture - bad) ** 2).mean() ** 0.5 for picture in shrunk]
+    if abs(one - other) < margin:
+        return None
+    return "first" if one < other else "second"
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+coarse = (np.random.default_rng(1).random((4, 12)) < 0.5).astype(float)  # what the camera saw
+fine = np.tile([[0.4, -0.4], [-0.4, 0.4]], (8, 24))  # strokes whose mean over 4 x 4 pixels is zero
+plain = np.kron(coarse, np.ones((4, 4)))
+wrong = plain.copy()
+wrong[4:12, 8:20] = 1 - wrong[4:12, 8:20]  # another character in the middle
+check({
+    "the line was made of one of the two, and that one fits": lambda: witness(plain, wrong, coarse, 4) == "first"
+    and witness(wrong, plain, coarse, 4) == "second",
+    "two drawings that differ in fine strokes alone cannot be told apart": lambda: witness(
+        plain + fine, plain - fine, coarse, 4) is witness(plain, plain + fine, coarse, 4) is None,
+    "a sharp drawing should not lose for strokes that the bad picture cannot show": lambda: witness(
+        plain + fine, plain + 0.2, coarse, 4) == "first",
+    "two lies that fit equally badly leave the question open": lambda: witness(
+        plain + 0.3, plain - 0.3, coarse, 4) is None,
+    "what is enough to decide is for `margin` to say": lambda: witness(plain, plain + 0.1, coarse, 4, 0.2) is None
+    and witness(plain, plain + 0.1, coarse, 4, 0.05) == "first",
+})  # fmt: skip
+
+# %% [markdown]
+# ### Things to try in the lesson
+#
+# Write down what you expect first.
+#
+# - Set `chosen = 1` and run section 3 again: what did the gate do with 亭, and can you see it?
+# - Restore line 5 with `temperature=1.0, steps=20, do_no_harm=False` and the seeds 0 to 3. Circle what differs from
+#   seed to seed: that part is invented.
+# - Tell line 0, which is hardly damaged, a wrong text. Does it obey? Where do the pixels outvote the text?
+
+# %% [markdown]
 # ## References
 #
 # - Y. Zhang et al., *Diffusion-based Blind Text Image Super-Resolution*, CVPR 2024, arXiv 2312.08886: the method.

@@ -76,7 +76,7 @@ import torch
 # %% [markdown]
 # ## 1. Where the tasks are
 #
-# From lesson 01 on, the lessons end with three to five tasks. Each says how hard it is:
+# Every lesson but this one ends with three to five tasks. Each says how hard it is:
 #
 # | mark | what it asks |
 # | --- | --- |
