@@ -36,6 +36,11 @@ def bars(seed: int = 0) -> torch.Tensor:
     return columns.repeat_interleave(8).expand(3, 32, 128).clone()
 
 
+def asking(**limits: float) -> GateConfig:
+    """A gate that no agreement between the pictures satisfies and no disagreement upsets: the readings decide."""
+    return GateConfig(mismatch=9, faithful=0, **limits)
+
+
 class Reader:
     """Says what each picture says by the nearest of those it knows."""
 
@@ -175,7 +180,7 @@ def test_by_default_one_refused_character_takes_the_line_back():
     lit = same_light(restored[None], lr[None])[0].clamp(-1, 1)
     for after, action in ((reading("AC", 0.8, 0.6), "input"), (reading("AB", 0.8, 0.6), "blended")):
         reader = Reader((lr, reading("AB", 0.8, 0.66)), (lit, after))
-        images, [verdict], _ = gate(reader, lit[None], lr[None], [SIZE], config=GateConfig(mismatch=9, faithful=0, worse=1))
+        images, [verdict], _ = gate(reader, lit[None], lr[None], [SIZE], config=asking(worse=1))
         assert verdict.action == action and torch.equal(images[0], lr) == (action == "input")
 
 
@@ -183,7 +188,7 @@ def test_a_line_that_became_less_certain_is_taken_back():
     lr, restored = blur(bars()[None], (1.0, 1.0))[0], bars()
     lit = same_light(restored[None], lr[None])[0].clamp(-1, 1)
     reader = Reader((lr, reading("AB", 0.8, 0.8)), (lit, reading("AB", 0.76, 0.76)))
-    images, [verdict], _ = gate(reader, lit[None], lr[None], [SIZE], config=GateConfig(mismatch=9, faithful=0))
+    images, [verdict], _ = gate(reader, lit[None], lr[None], [SIZE], config=asking())
     assert verdict.action == "input" and torch.equal(images[0], lr) and "less certain by 0.04" in verdict.reasons[-1]
 
 
@@ -192,7 +197,7 @@ def test_what_is_put_back_is_the_safe_picture():
     lit = same_light(restored[None], lr[None])[0].clamp(-1, 1)
     for worse, after in ((0.02, 0.6), (1.0, 0.6)):  # the whole line is less certain; half of its characters is blended
         reader = Reader((lr, reading("AB", 0.8, 0.8)), (lit, reading("AB", 0.9, after)))
-        config = GateConfig(mismatch=9, faithful=0, worse=worse)
+        config = asking(worse=worse)
         images, [verdict], _ = gate(reader, lit[None], lr[None], [SIZE], config=config, safe=safe[None])
         if verdict.action == "input":
             assert torch.equal(images[0], safe)
@@ -206,7 +211,7 @@ def test_a_line_drawn_with_an_uncertain_text_is_not_shown():
     reader = Reader((lr, reading("AB", 0.8, 0.8)), (lit, reading("AB", 0.9, 0.9)))
     actions = []
     for sure in (None, [[]], [[0.9, 0.9]], [[0.99, 0.6]]):  # nothing is known; no text was drawn; certain; uncertain
-        images, [verdict], _ = gate(reader, lit[None], lr[None], [SIZE], config=GateConfig(mismatch=9, faithful=0), sure=sure)
+        images, [verdict], _ = gate(reader, lit[None], lr[None], [SIZE], config=asking(), sure=sure)
         actions.append(verdict.action)
         assert torch.equal(images[0], lr) == (verdict.action == "input")
     assert actions == ["kept", "kept", "kept", "input"] and "80%" in verdict.reasons[-1]
@@ -235,7 +240,7 @@ def test_a_line_is_read_again_only_where_it_was_blended():
         reader, pictures = Reader((lr[0], reading("AB", 0.8, 0.8)), (restored[0], reading("AB", 0.9, certain))), []
         read, reader.read = reader.read, lambda images: pictures.append(images) or read(images)
         known = {"before": read(lr), "after": read(restored)}
-        _, [verdict], _ = gate(reader, restored, lr, [SIZE], config=GateConfig(mismatch=9, faithful=0, worse=1), **known)
+        _, [verdict], _ = gate(reader, restored, lr, [SIZE], config=asking(worse=1), **known)
         return verdict.action, len(pictures)
 
     assert asked(0.9) == ("kept", 0) and asked(0.7) == ("blended", 1)
