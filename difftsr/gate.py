@@ -70,10 +70,10 @@ class GateConfig:
     surer: float = 0.15  # by so much a changed reading must be more certain (at least this, where there was none)
     doubt: float = 0.05  # so much less certain, and only half of the restored character is kept
     mismatch: float = 0.60  # limit of a character's mean mismatch: 95 of 100 true lines stay under it
-    faithful: float = 0.15  # mismatch below which nobody need be certain of the text, for an input of 32 rows
+    faithful: float = 0.10  # mismatch below which nobody need be certain of the text, for an input of 32 rows
     refused: float = 0.0  # the line is refused whole where more of its width than this share is refused
     worse: float = 0.02  # the line's mean certainty may fall by so much
-    sure: float = 0.90  # mean probability that its characters are right, below which a line is not shown as drawn
+    sure: float = 0.80  # mean probability that its characters are right, below which a line is not shown as drawn
     feather: float = 0.06  # width of the seam between two characters, in heights of the canvas
 
 

@@ -438,10 +438,11 @@ assert not is_reserved_face("Noto Sans SC", "NotoSansSC-Regular.otf")
 # difftsr.text_lines --fonts` lists them all.
 #
 # A reader fails first on *faces* that it has not met. Ours, trained on sixteen Chinese faces, read the sharp lines of
-# three evaluation faces nearly without fault, and of the fourth, fat and geometric, seven characters in ten. Free display
-# faces for Chinese are few, for Japanese many; they share the code points and the forms of three in five of our
-# characters. So the pool that the *recogniser* learns from may take them, by `DIFFTSR_FONTS`. The image diffusion, which
-# has to *draw* these characters as they are written in China, learns without them.
+# three evaluation faces nearly without fault, and of the fourth, fat and geometric, seven characters in ten (lesson 05
+# measures it). Free display faces for Chinese are few, for Japanese many; they share the code points, and nearly the
+# forms, of three in five of our characters. So the pool that the *recogniser* learns from may take them, by
+# `DIFFTSR_FONTS`. The image diffusion, which has to *draw* these characters as they are written in China, learns
+# without them.
 
 # %%
 #| export
