@@ -174,20 +174,24 @@ sharp = np.asarray(Image.open(samples / "hr" / rows[chosen]["file"]).convert("RG
 show([inputs[chosen], np.asarray(restored.image), sharp], ["input", "restored", "truth"], columns=3)
 
 # %% [markdown]
-# The text is right, but the picture is the input, only larger! That is no accident. Of two characters, 码 and 头, the
-# model is far from sure, and the last thing a restoration passes is a **gate** (lesson 11b), which asks of every line
-# whether showing the drawn picture could do harm. Here it said no, and why:
+# The text is right, and the picture is sharp and true. It does not always end so well. The last thing a restoration
+# passes is a **gate** (lesson 11b), which asks of every line whether showing the drawn picture could do harm. This line
+# it kept. The hotel, line 11, it did not, and it says why:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-print(restored.gate.action, restored.gate.reasons)
-drawn = restore(model, inputs[chosen], seed=0, do_no_harm=False)
-show([np.asarray(restored.image), np.asarray(drawn.image), sharp], ["handed back", "drawn", "truth"], columns=3)
+hotel = 11
+refused, drawn = (restore(model, inputs[hotel], seed=0, do_no_harm=gated) for gated in (True, False))
+for answer in (restored, refused):
+    print(answer.text, [round(p, 2) for p in answer.confidence], answer.gate.action, *answer.gate.reasons, sep="\n    ")
+sharp = np.asarray(Image.open(samples / "hr" / rows[hotel]["file"]).convert("RGB"))
+show([np.asarray(refused.image), np.asarray(drawn.image), sharp], ["handed back", "drawn", "truth"], columns=3)
 
 # %% [markdown]
-# With `do_no_harm=False` we see what was drawn: clean, sharp, and this time true. The gate cannot know that, for it has
-# no truth to compare with. A sharp wrong character is worse than a blurred right one, so it errs on the side of
-# the input. (It asks for a mean certainty of 90 %.)
+# With `do_no_harm=False` we see what was drawn: cleaner than the input, and after a text of which half is wrong. The
+# gate cannot know that, for it has no truth to compare with. But it knows how sure the model is: it asks for a mean
+# certainty of 80 %, and here it was 60 %. A sharp wrong character is worse than a blurred right one, so it errs on the
+# side of the input.
 
 # %% [markdown]
 # ## 4. Watching both diffusions
@@ -264,18 +268,22 @@ live(moment, step=widgets.IntSlider(0, 0, len(frames) - 1))
 # *input*.
 
 # %%
+# NBVAL_IGNORE_OUTPUT
 some = [0, 2, 5, 7, 9, 11]
 results = [restore(model, inputs[k], seed=0) for k in some]
 pictures = [picture for k, r in zip(some, results, strict=True) for picture in (inputs[k], np.asarray(r.image))]
 titles = [t for k, r in zip(some, results, strict=True) for t in (rows[k]["text"], f"{r.gate.action}: {r.text}")]
 show(pictures, titles, columns=2)
+tag = results[some.index(7)]
+print("the price tag, read as", tag.read_from_input, "and written as", tag.text, [round(p, 2) for p in tag.confidence])
 
 # %% [markdown]
-# RIVERSIDE INN and the number plate came out clean. The hotel in the last row came back as it was: nothing wrong was
-# drawn, but nothing was repaired. Now look at Old Han's dumplings: his name was read as 鞋, a shoe, and the drawing was
-# kept, sharper than the input and wrong. And on the price tag the yen sign was read as 羊, a sheep, before and after. A
-# wrong character that the reader sees already in the input is what this method fears most. The gate asks for the *mean*
-# certainty, and one doubtful character among others that are certain passes it.
+# RIVERSIDE INN and the number plate came out clean. Old Han's dumplings were read out of a blur, and drawn: ragged, but
+# right. The hotel in the last row came back as it was: nothing wrong was shown, but nothing was repaired. Now look at
+# the price tag. The picture shows the yen sign, and the recogniser reads it; but the text diffusion wrote 羊, a sheep,
+# with a certainty of 9 %. The gate let the line pass all the same: where the drawn picture agrees so closely with the
+# input, it does not ask who is certain of the text (lesson 11b). And it would have passed by its certainty, too. The
+# gate asks for the *mean*, and one doubtful character among others that are certain does not pull it down far enough.
 #
 # How often all that happens, on 320 lines and with confidence intervals, is measured in lesson 14f. How long these
 # networks were trained stands in their model card (`data/weights/classroom/README.md`), and `python -m difftsr.train`
@@ -292,9 +300,11 @@ answers = {title: restore(model, inputs[5], seed=0, text=text, do_no_harm=False)
 show([np.asarray(answer.image) for answer in answers.values()], list(told), columns=3)
 
 # %% [markdown]
-# The second character follows the text: no character one knows, then a 韩, then a sharp and confident 张, all drawn over
-# one and the same blur. The text decides where the pixels cannot. That is the strength of the method where the text is
-# right, its danger where it is wrong, and the reason why so many of the lessons are about *how sure* a reading is.
+# The first two pictures are as good as one, for the model found the true text by itself. In the third the second
+# character is another, and it alone, all drawn over one and the same blur: 韩 is gone, and what stands there is no
+# character one knows, its right half much like that of 张. The text decides where the pixels cannot. That is the
+# strength of the method where the text is right, its danger where it is wrong, and the reason why so many of the
+# lessons are about *how sure* a reading is.
 
 # %% [markdown]
 # ## 7. Your own
@@ -441,14 +451,14 @@ assert where_it_sits("idm").data == where_it_sits("idm").data != where_it_sits("
 # - The recogniser gives the first guess, and the VAE keeps the work small. All five networks together have 18.9 million
 #   parameters.
 # - What comes out is drawn, not recovered, and where the pixels cannot decide, the text does. The gate hands the input
-#   back where the model is not sure enough, and it did so for 南湖码头 although the drawn line was right: doing no harm has
-#   its price.
+#   back where the model is not sure enough, and it did so for the hotel, although four of its eight characters were
+#   right: doing no harm has its price.
 #
 # ## Check yourself
 #
 # 1. Why is the text diffused at all, if a recogniser has read the line already?
 # 2. The estimate of the picture is sharp at $t = 999$, where $z_t$ is pure noise. Where does it come from?
-# 3. The model read 头 with a confidence of 16 %, and it was right. Should the gate have let the drawn line pass?
+# 3. The model wrote 国际大酒 with 86 % and more for each character, and was right. Should the gate have shown the hotel?
 # 4. For which kind of mistake is the gate blind?
 # 5. Han or Zhang? How could one find out which of the two pictures is a lie?
 #
@@ -457,10 +467,10 @@ assert where_it_sits("idm").data == where_it_sits("idm").data != where_it_sits("
 # 1. The recogniser reads the bad pixels once, and its mistakes would be painted. The text diffusion may change its mind
 #    while the picture becomes clearer, and says with which probability.
 # 2. From the latent of the bad line, which the network is given at every step, and from the expected text.
-# 3. With the truth at hand, yes. Without it, of lines read with such doubt many *are* wrong, and showing those sharply
-#    would be a lie. Whether 90 % is the right bar is a question for measurements on other lines (lesson 11b).
-# 4. For a wrong character that is read from the input and drawn just so, if the others around it are certain: the sheep
-#    for the yen, and the shoe for Han.
+# 3. Not whole: the other four are wrong, and showing those sharply would be a lie. One could show the sure characters
+#    only, and that was tried (lesson 11b). Whether 80 % is the right bar is a question for measurements on other lines.
+# 4. For a wrong character that is read from the input and drawn just so, if the others around it are certain. And for a
+#    wrong text beside a picture that agrees with the input: the sheep for the yen.
 # 5. Blur and shrink both as the input was and compare: if both fit, the pixels do not say, and only knowledge from
 #    elsewhere can. Lesson 11b makes that comparison.
 #
@@ -481,7 +491,7 @@ from difftsr.exercises import check, near
 # %% [markdown]
 # ### 1 · A mean that hides a sheep · ●○○ easy
 #
-# The gate asks for a *mean* certainty of .9. Say two things of a restored line: whether its mean reaches that, and
+# The gate asks for a *mean* certainty of .8. Say two things of a restored line: whether its mean reaches that, and
 # which of its characters do not, in their order. Predict first: how uncertain may one of eight characters be if the
 # model is quite sure of the other seven?
 #
@@ -492,7 +502,7 @@ from difftsr.exercises import check, near
 # </details>
 
 # %% tags=["solution", "hide-input"]
-def asked(text: str, certainty: list[float], bar: float = 0.9) -> tuple[bool, str]:
+def asked(text: str, certainty: list[float], bar: float = 0.8) -> tuple[bool, str]:
     """Whether the mean certainty reaches the bar, and the characters that do not."""
     ### BEGIN SOLUTION
     ### STUB: return min(certainty) >= bar, text
@@ -504,10 +514,10 @@ def asked(text: str, certainty: list[float], bar: float = 0.9) -> tuple[bool, st
 # %% tags=["check"]
 check({
     "nobody doubts a text that was read for certain": lambda: tuple(asked("竹溪茶舍", [1.0] * 4)) == (True, ""),
-    "the line of section 3 was handed back, for its last two characters": lambda: tuple(
-        asked("南湖码头", [0.99, 0.94, 0.24, 0.16])) == (False, "码头"),
+    "the hotel of section 3 was handed back, for four of its characters": lambda: tuple(
+        asked("潘崇语国际大酒告", [0.05, 0.05, 0.54, 0.97, 0.86, 0.98, 0.95, 0.37])) == (False, "潘崇语告"),
     "one doubtful character among certain ones gets through, and should be named": lambda: tuple(
-        asked("羊68.50元起", [0.3] + [1.0] * 7)) == (True, "羊"),
+        asked("羊68.50元起", [0.09] + [0.99] * 7)) == (True, "羊"),
     "what reaches the bar exactly is sure enough": lambda: tuple(asked("INN", [0.5] * 3, bar=0.5)) == (True, ""),
 })  # fmt: skip
 
@@ -601,7 +611,7 @@ check({
 #
 # Write down what you expect first.
 #
-# - Set `chosen = 1` and run section 3 again: what did the gate do with 亭, and can you see it?
+# - Set `chosen = 8` and run section 3 again: what did the gate do with 右, and can you see it?
 # - Restore line 5 with `temperature=1.0, steps=20, do_no_harm=False` and the seeds 0 to 3. Circle what differs from
 #   seed to seed: that part is invented.
 # - Tell line 0, which is hardly damaged, a wrong text. Does it obey? Where do the pixels outvote the text?
