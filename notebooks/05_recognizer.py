@@ -1667,12 +1667,12 @@ if classroom is not None:
     print("UNK among the five best of any position:", bool((heard.tokens == UNK).any()))
 
 # %% [markdown]
-# It never says UNK. Of what it lacks it makes something that looks a little like it, 國 becomes 团 and 學 becomes 学, but
-# 濮 becomes 疾: no table of scripts is at work, only the habit of a classifier whose training lines held nothing but its
+# It never says UNK. Of what it lacks it makes something that looks a little like it, 國 becomes 圃, 學 becomes 翠 and 濮
+# becomes 膜: no table of scripts is at work, only the habit of a classifier whose training lines held nothing but its
 # own alphabet. So to a line in traditional script *this reader is no better than the released conversion, and less
-# predictable*. One thing helps: its confidence falls from mostly over .9 to between .12 and .38, and since the
+# predictable*. One thing helps: its confidence falls from .99 and more to between .14 and .77, and since the
 # confidence is kept (row 11), the gate of lesson 11b can refuse to draw what was guessed. (The simplified line it reads
-# rightly, with .82 or more for each character.) The cure is a larger alphabet.
+# rightly, with .94 or more for each character.) The cure is a larger alphabet.
 
 # %% [markdown]
 # ### A face that it has not met
@@ -1793,7 +1793,7 @@ assert sum(p.numel() for p in published.parameters()) == 83_904_779
 # - The OCR loss is a gradient for pixels. Each position complains about its own character, as strongly as it reads
 #   badly, and does not search: one character missing in the label upsets all that follow. Alone the loss fools one
 #   reader; beside a generative model it keeps text readable.
-# - Characters outside the alphabet are read as look-alikes, with little confidence, and never as UNK.
+# - Characters outside the alphabet are read as look-alikes, with less confidence, and never as UNK.
 #
 # ## Check yourself
 #
