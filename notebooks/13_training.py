@@ -1314,9 +1314,9 @@ assert jumps["their average"] < 0.6 * jumps["weights"]
 
 
 # %% [markdown]
-# The loss of the weights jumps from look to look; that of their average goes down calmly, and lies lower. Whoever stops
-# at a moment of their own choosing is lucky or unlucky with the weights, and neither with the average. It costs one
-# pass over the weights a step.
+# The loss of the weights jumps from look to look; that of their average moves half as far, and in the mean of all looks
+# it lies no higher. Whoever stops at a moment of their own choosing is lucky or unlucky with the weights, and much less
+# so with the average. It costs one pass over the weights a step.
 #
 # **Nobody clears the gradients.** The toy without `zero_grad`: every step repeats all earlier ones.
 

@@ -685,7 +685,7 @@ for place, (name, row) in enumerate(rows.items()):
 # ## The judge must not be the teacher
 #
 # A network that is trained to please one reader can please it without becoming legible. A small experiment shows how
-# easily. Take a line so blurred that our own recogniser (lesson 05) misses two of its five characters, and change its
+# easily. Take a line so blurred that our own recogniser (lesson 05) misses three of its five characters, and change its
 # *pixels* by gradient descent until the recogniser is sure that it says `停车场入口`.
 
 # %%
@@ -801,7 +801,7 @@ for name, values in (("a", a), ("b", b), ("b - a", b - a)):
 #   distance by the wrong order (0), reading by a negative in another typeface (NED 1 at 3 dB).
 # - Conventions move figures without any picture changing: 1.32 dB between RGB and Y; a Fréchet distance of 27 or .3
 #   between two sets from one distribution, by their size alone.
-# - A reader that taught is no judge: after sixty steps on the pixels the teacher's NED went from .60 to 1.00, and the
+# - A reader that taught is no judge: after sixty steps on the pixels the teacher's NED went from .40 to 1.00, and the
 #   judges' fell from 1.00 to .80 and .60.
 # - A mean without an interval is half a figure. Lines that belong together are drawn together, and two methods are
 #   compared by their differences on the same lines.

@@ -304,8 +304,8 @@ def sweep(
 
 
 # %% [markdown]
-# The result of the whole sweep is stored beside the other benchmarks (`python -m difftsr.faster --sweep` makes it
-# anew):
+# The result of the whole sweep is stored beside the other benchmarks, that of the fifth edition of the weights
+# (`python -m difftsr.faster --sweep` makes it anew):
 
 # %%
 found = json.loads((data_folder() / "benchmarks" / "faster.json").read_text())
