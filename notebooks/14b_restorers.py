@@ -638,7 +638,7 @@ assert len(asked) == 6
 # - A result is kept under a hash of all that decides it. Kept under a file's name, it answered two of three questions
 #   wrongly without a word.
 # - With the seed in the identity, the same line twice is the same picture, with weights loaded anew too; another seed
-#   changed 97 % of the pixels.
+#   changed 96 % of the pixels.
 # - A run that was killed after three lines of five restored two more, not five.
 # - Every line belongs to slices: strength, script, length, collection.
 
