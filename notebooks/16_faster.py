@@ -304,8 +304,8 @@ def sweep(
 
 
 # %% [markdown]
-# The result of the whole sweep is stored beside the other benchmarks, that of the fifth edition of the weights
-# (`python -m difftsr.faster --sweep` makes it anew):
+# The result of the whole sweep is stored beside the other benchmarks (`python -m difftsr.faster --sweep` makes it
+# anew):
 
 # %%
 found = json.loads((data_folder() / "benchmarks" / "faster.json").read_text())
@@ -331,8 +331,7 @@ plt.show()
 # %% [markdown]
 # Read the plot from right to left, and mind its scales. For a model that was trained at all times alike, quality falls
 # as the steps become few. For this one, which went through lesson 11c, nothing is lost: from 1 to 200 steps LPIPS stays
-# within .005, PSNR falls by .2 dB, and 200 steps take ninety times as long as one. NED has two values here, and one
-# character of these few lines lies between them.
+# within .01, PSNR falls by .2 dB, and 200 steps take seventy times as long as one. NED is the same everywhere.
 
 # %% [markdown]
 # What that means for one line, after 1, 2, 5 and 10 steps of DDIM, from the mean of the noise (`temperature=0`, as it
