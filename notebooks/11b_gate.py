@@ -603,6 +603,7 @@ print(f"limit on the twelve sample lines: {mismatch_limit(measured):.2f}")
 #   input's pixels is the border between the two.
 # - A clear reading is protected, a changed one must be surer, and a line that became less legible, or was drawn with
 #   an uncertain text, is taken back.
+# - A line that agrees closely with an input that shows its strokes is shown, whoever is uncertain of its text.
 # - What is put back is the input, enlarged by a filter that does not overshoot.
 # - The gate is tested with the identity, noise, a liar and the truth, and decides with our own recogniser alone.
 #
