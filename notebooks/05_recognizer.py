@@ -1705,12 +1705,12 @@ if classroom is not None:
         print(f"{face:14}", *(f"{np.mean(of):7.2f}" for of in by_strength.values()))
 
 # %% [markdown]
-# Three faces are read as well sharp as any that was trained on. The fat one is not, and this is the better part of a
-# story. The edition of these weights before, which had learned from sixteen Chinese faces, read of it .70 where the line
-# was sharp and .70, .63, .61 and .35 of the copies, while the other three were where they are now: sharpness was not
-# what it lacked. Then 42 more typefaces were put among its lines, most of them Japanese (lesson 01 says why they will
-# do); after 996 steps it read the sharp lines of this face with .93, and all 160 copies with .83 instead of .79. *What a
-# network has not met it does not know, and more of the same does not help.*
+# The sharp lines of three faces are read nearly without fault. Those of the fat one are not, and this is the better part
+# of a story. The edition of these weights before, which had learned from sixteen Chinese faces, read of it .70 where the
+# line was sharp and .70, .63, .61 and .35 of the copies; the sharp lines of the other three it read with .96 to .99.
+# What it lacked was not sharpness. Then 42 more typefaces were put among its lines, most of them Japanese (lesson 01 says
+# why they will do); after 996 steps it read the sharp lines of this face with .93, and all 160 copies with .83 instead
+# of .79. *What a network has not met it does not know, and more of what it has met teaches it only slowly.*
 
 # %% [markdown]
 # Where does it look while it writes? One line, and for every character the attention over the columns of the map, laid

@@ -237,9 +237,9 @@ for strength in ("mild", "medium", "hard"):
 # %% [markdown]
 # A mismatch can also be so *small* that it settles the matter. Where an input that shows its strokes and the restored
 # line agree closely from end to end, no stroke was moved, added or left out: what the input said, the line says,
-# whoever is or is not certain what that was. This matters for typefaces that our
-# recogniser has not met. It is unsure of them however sharp they are, and a gate that asks for its certainty alone
-# puts them back, blurred, though nothing was wrong with them.
+# whoever is or is not certain what that was. This matters for typefaces that our recogniser has not met. It is unsure of
+# them however sharp they are, and a gate that asks for its certainty alone puts them back, blurred, though nothing was
+# wrong with them.
 #
 # What does an agreement prove? Only what the input can show, and that depends on its rows: a stroke is about a tenth of
 # a character high, so at 32 rows it has three pixels, and at 16 rows one and a half, where 末 and 未 are the same grey.
