@@ -304,6 +304,11 @@ def to_float(images: np.ndarray, device: torch.device | str = "cpu") -> torch.Te
     return planes.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
 
 
+def to_device(batch: dict, device: torch.device | str) -> dict:
+    """Every tensor (and reading) of a batch on `device`."""
+    return {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
+
+
 # %% [markdown]
 # ## 2. Synthetic lines
 
@@ -1137,7 +1142,7 @@ def make_loader(
     """Endless batches, from batch number `start` on; the same ones for any number of `workers` (processes).
 
     A batch is `dict(hr, lr (B, 3, H, W) float32 in [-1, 1], tokens (B, 24) long, centers (B, 24), text list[str])`, its
-    pictures on `device`.
+    tensors on `device`.
     """
     if isinstance(dataset, ShardLines):
         stream = ShardBatches(dataset, batch_size, seed=seed, start=start, rank=rank, world=world)
@@ -1148,7 +1153,8 @@ def make_loader(
     with _one_thread():
         batches = iter(loader)  # the processes start here
     for batch in batches:  # pictures travel between processes as bytes and become numbers here
-        yield {**batch, "hr": to_float(batch["hr"], device), "lr": to_float(batch["lr"], device)}
+        pictures = {side: to_float(batch[side], device) for side in ("hr", "lr")}
+        yield to_device({**batch, **pictures}, device)
 
 
 def _as_it_is(batch: dict) -> dict:

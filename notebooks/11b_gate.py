@@ -198,14 +198,22 @@ def mismatch(restored: Tensor, lr: Tensor, size: tuple[int, int]) -> Tensor:
     return difference.square().mean((0, 1)).sqrt() / contrast
 
 
-def is_faithful(disagreement: Tensor, rows: int, limit: float) -> bool:
+def part_means(columns: Tensor, parts: int) -> Tensor:
+    """Means (parts,) of numbers a column (W,) over parts of the same width."""
+    return torch.stack([part.mean() for part in columns.chunk(parts)])
+
+
+def faithful_limit(rows: int, at_32: float) -> float:
+    """The mismatch up to which an input of so many rows settles the matter; `at_32` is the limit for 32 of them."""
+    return at_32 * min(rows, 64) / 32
+
+
+def is_faithful(disagreement: Tensor, rows: int, at_32: float) -> bool:
     """Whether a line agrees with its input so closely that no stroke which the input shows can have changed.
 
-    disagreement (W,): its `mismatch`, of which no twelfth may exceed the limit in the mean. rows: height of the input.
-    `limit` is that of an input of 32 rows; up to 64, the more rows there are, the more an agreement says.
+    disagreement (W,): its `mismatch`, whose mean over each twelfth must stay below `faithful_limit(rows, at_32)`.
     """
-    worst = max(float(part.mean()) for part in disagreement.chunk(12))
-    return worst < limit * min(rows, 64) / 32
+    return float(part_means(disagreement, 12).max()) < faithful_limit(rows, at_32)
 
 
 # %%
@@ -249,9 +257,9 @@ for strength in ("mild", "medium", "hard"):
 
 # %%
 for strength, rows, columns in [*found, ("a lie", small.shape[0], mismatch(as_tensor(lie)[0], x, size))]:
-    worst = max(float(part.mean()) for part in columns.chunk(12))
+    worst, limit = float(part_means(columns, 12).max()), faithful_limit(rows, 0.10)
     answer = "faithful" if is_faithful(columns, rows, 0.10) else "to be asked"
-    print(f"{strength:7} {rows} rows: {worst:.2f} of at most {0.10 * min(rows, 64) / 32:.2f}, {answer}")
+    print(f"{strength:7} {rows} rows: {worst:.2f} of at most {limit:.2f}, {answer}")
 
 # %% [markdown]
 # What the rule brings depends on the reader. With that of the fifth edition, which had met sixteen Chinese faces, the
@@ -582,8 +590,8 @@ def mismatch_limit(
     found = []
     for hr, lr, size in pairs:
         columns = mismatch(same_light(hr[None], lr[None])[0], lr, size)
-        found += [float(part.mean()) for part in columns.chunk(parts)]
-    return float(torch.tensor(found).quantile(share))
+        found.append(part_means(columns, parts))
+    return float(torch.cat(found).quantile(share))
 
 
 # %%

@@ -95,7 +95,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from difftsr.dataset import make_loader, open_source, write_picture
+from difftsr.dataset import make_loader, open_source, to_device, write_picture
 from difftsr.few_steps import FewStepStage, FewStepTraining
 from difftsr.idm import IDMStage, IDMTraining, Prediction
 from difftsr.model import CONFIG, NETWORKS, PRESETS, DiffTSR, preset, read_config, weights_folder
@@ -569,15 +569,16 @@ def fingerprint(*networks: nn.Module) -> str:
 # %%
 #| export
 def latent_batches(
-    cache: CachedLatents, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
-) -> Iterator[dict]:
-    """Endless batches of cached lines, a new order every epoch; begins at batch number `start`."""
+    cache: CachedLatents, batch_size: int, seed: int, *, start: int = 0, rank: int = 0, world: int = 1,
+    device: torch.device | str = "cpu",
+) -> Iterator[dict]:  # fmt: skip
+    """Endless batches of cached lines on `device`, a new order every epoch; begins at batch number `start`."""
     per_epoch = max(1, len(cache) // (batch_size * world))
     for number in itertools.count(start):
         epoch, place = divmod(number, per_epoch)
         order = np.random.default_rng((seed, epoch)).permutation(len(cache))
         first = (place * world + rank) * batch_size
-        yield cache.batch(np.sort(order[first : first + batch_size]))
+        yield to_device(cache.batch(np.sort(order[first : first + batch_size])), device)
 
 
 # %% [markdown]
@@ -859,7 +860,8 @@ class Trainer:
 
     def open_data(self) -> None:
         """Batches from the share on that comes next, and the lines that are looked at but not trained on."""
-        config, size, shares = self.config, self.settings.batch_size, self.step * self.config.accumulate
+        config, size = self.config, self.settings.batch_size
+        place = {"start": self.step * config.accumulate, "rank": self.rank, "world": self.world, "device": self.device}
         shape = self.model.alphabet, self.model.config.image_size
         self.dataset = open_source(config.data, *shape, seed=config.seed)
         if config.cache and STAGES[self.name].seen == "latents":
@@ -868,12 +870,9 @@ class Trainer:
                 cache = CachedLatents.build(
                     folder, self.model, self.dataset, config.cache, config.seed, data=config.data
                 )
-            self.batches = latent_batches(cache, size, config.seed, shares, self.rank, self.world)
+            self.batches = latent_batches(cache, size, config.seed, **place)
         else:
-            self.batches = make_loader(
-                self.dataset, size, seed=config.seed, workers=config.workers, start=shares,
-                rank=self.rank, world=self.world, device=self.device,
-            )  # fmt: skip
+            self.batches = make_loader(self.dataset, size, config.seed, workers=config.workers, **place)
         self.unseen = open_source(config.validation, *shape, seed=config.seed + 1) if config.validation else None
 
     # --- one step ---
@@ -911,7 +910,7 @@ class Trainer:
         """Add the gradients of one share; returns the names of the optimizers that they are for."""
         set_generators(share_seed(self.config.seed, share), self.generator)
         waiting = time.monotonic()
-        self.batch = to_device(next(self.batches), self.device)
+        self.batch = next(self.batches)
         self.waited = (self.waited or 0.0) + time.monotonic() - waiting
         used = set()
         with self.autocast():
@@ -980,8 +979,8 @@ class Trainer:
             self.trained[name].load_state_dict(averaged)
         self.model.eval().requires_grad_(False)
         if hasattr(self.stage, "finish"):
-            finishing = make_loader(self.dataset, self.settings.batch_size, seed=self.config.seed + 1)
-            self.stage.finish(self.model, (to_device(batch, self.device) for batch in finishing))
+            size, seed = self.settings.batch_size, self.config.seed + 1
+            self.stage.finish(self.model, make_loader(self.dataset, size, seed, device=self.device))
         if not self.main:
             return
         self.model.untrained = [name for name in self.model.untrained if name not in self.trained]
@@ -1028,7 +1027,7 @@ class Trainer:
                 if self.board:
                     self.board.scalars(numbers, self.step, "validation")
             lines = self.unseen if self.unseen is not None else self.dataset
-            batch = to_device(next(make_loader(lines, 4, seed=self.config.seed + 2)), self.device)
+            batch = next(make_loader(lines, 4, self.config.seed + 2, device=self.device))
             trained = {name for name in NETWORKS if name not in self.model.untrained} | set(self.trained)
             sheet = make_sheet(self.model, batch, trained)
         write_picture(self.run / "sheets" / f"{self.name}-{self.step:08d}.png", sheet.image)
@@ -1041,10 +1040,10 @@ class Trainer:
         What sets in late in a run (a GAN, the OCR loss) is left out, so that all numbers of a run can be compared.
         """
         self.stage.step, self.stage.progress, found = -1, 0.0, {}
-        loader = make_loader(self.unseen, self.settings.batch_size, seed=self.config.seed)
+        loader = make_loader(self.unseen, self.settings.batch_size, self.config.seed, device=self.device)
         for number, batch in zip(range(batches), loader):
             set_generators(share_seed(self.config.seed, number), self.generator)
-            for loss, _, logs in self.stage.losses(self.model, to_device(batch, self.device), self.generator):
+            for loss, _, logs in self.stage.losses(self.model, batch, self.generator):
                 for key, value in {**logs, "loss": loss}.items():
                     found.setdefault(key, []).append(float(value))
         return {key: float(np.mean(values)) for key, values in found.items()}
@@ -1173,11 +1172,6 @@ def set_generators(seed: int, generator: torch.Generator) -> None:
     torch.manual_seed(seed)
 
 
-def to_device(batch: dict, device: torch.device) -> dict:
-    """Every tensor (and reading) of a batch on `device`."""
-    return {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
-
-
 def batch_for_inspection(batch: dict) -> dict:
     """The tensors and texts of a batch, in a form that loads with weights_only=True."""
     return {key: value for key, value in batch.items() if isinstance(value, Tensor | list)}
@@ -1217,7 +1211,7 @@ print(inspect.getsource(Trainer.take_step))
 # | --- | --- | --- |
 # | in `take_share` | | |
 # | `set_generators(share_seed(...))` | the noise of a share depends on nothing but its number | no run can be repeated, see above |
-# | `next(self.batches)`, `to_device` | the next lines, where they are needed; the time spent waiting is counted | |
+# | `next(self.batches)` | the next lines, where they are needed; the time spent waiting is counted | |
 # | `autocast()` | products in 16 bits where that is enough | twice the memory, on GPUs half the speed |
 # | `for loss, name, logs in losses` | one loss for each optimizer: a GAN has two | a loop for every kind of network |
 # | `check(loss, ...)` | stop at a NaN, and keep the batch for inspection | nobody finds the bad file |

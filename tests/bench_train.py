@@ -24,7 +24,7 @@ from torch import nn
 from difftsr.evaluate import machine
 from difftsr.model import DiffTSR, preset
 from difftsr.text_lines import write_json
-from difftsr.train import STAGES, TrainConfig, Trainer, to_device
+from difftsr.train import STAGES, TrainConfig, Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -82,7 +82,7 @@ def overhead(stage: str, steps: int) -> dict:
     """Median seconds of a step of the loop and of a plain one, the same batches, in turns; data is not counted."""
     with tempfile.TemporaryDirectory() as folder:
         walked, plain = (trainer(stage, "classroom", f"{folder}/{name}") for name in ("a", "b"))
-        batches = [to_device(next(walked.batches), walked.device) for _ in range(2)]
+        batches = [next(walked.batches) for _ in range(2)]
         walked.batches = cycle(batches)
         same, generator = cycle(batches), torch.Generator()
         (optimizer,) = plain.optimizers.values()
@@ -116,7 +116,7 @@ def profile(trace: Path | None) -> dict:
     """The operators that take most of one IDM step (after one that does not count), in percent of its time."""
     with tempfile.TemporaryDirectory() as folder:
         walked = trainer("idm", "classroom", folder)
-        walked.batches = cycle([to_device(next(walked.batches), walked.device)])
+        walked.batches = cycle([next(walked.batches)])
         walked.take_step()
         with torch.profiler.profile(record_shapes=bool(trace)) as found:
             walked.take_step()
