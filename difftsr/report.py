@@ -111,8 +111,9 @@ def bar_table(report: dict) -> tuple[list, list]:
     def number(x: float | None) -> str:
         return "-" if x is None else f"{x:.3f}"
 
-    rows = [[b["bar"], number(b["figure"]), number(b["limit"]), words[b["met"]]] for b in report["bars"]]
-    return ["bar", "figure", "limit", ""], rows
+    columns = ("figure", "limit", "sharp")
+    rows = [[bar["bar"], *(number(bar[c]) for c in columns), words[bar["met"]]] for bar in report["bars"]]
+    return ["bar", "figure", "limit", "sharp lines", ""], rows
 
 
 def gain_table(gains: Sequence[dict], judges: Sequence[str], first: str = "lines") -> tuple[list, list]:

@@ -230,7 +230,10 @@ class Bar:
     strict: bool = False  # must it be better, or is as good enough?
 
     def judge(self, table: dict[tuple[str, str, str], float], shown: dict[str, Metric]) -> dict:
-        """{"bar", "figure", "limit", "met"}: `met` is None where a figure is missing. `table`: see `as_table`."""
+        """{"bar", "figure", "limit", "sharp", "met"}, by a table as `as_table` makes it.
+
+        `met` is None where a figure is missing. `sharp`: for readings, the figure of the sharp lines themselves.
+        """
         metric = shown.get(self.metric, Metric(self.metric))
         compare = {(True, True): ">", (True, False): ">=", (False, True): "<", (False, False): "<="}
         sign = compare[metric.higher, self.strict]
@@ -238,11 +241,12 @@ class Bar:
         text = f"{metric.label}, {self.slice}: {self.restorer} {sign} {limit}"
         figure = table.get((self.restorer, self.metric, self.slice))
         other = table.get((self.against, self.metric, self.slice)) if self.against else 0.0
+        sharp = table.get(("hr", self.metric, self.slice)) if self.metric.startswith("ned") else None
         if figure is None or other is None:
-            return {"bar": text, "figure": figure, "limit": None, "met": None}
+            return {"bar": text, "figure": figure, "limit": None, "sharp": sharp, "met": None}
         ahead = (figure - other - self.margin) * (1 if metric.higher else -1)
         met = ahead > 0 if self.strict else ahead >= -1e-12
-        return {"bar": text, "figure": figure, "limit": other + self.margin, "met": met}
+        return {"bar": text, "figure": figure, "limit": other + self.margin, "sharp": sharp, "met": met}
 
 
 BASELINE, NO_TEXT = "difftsr:mode=baseline", "difftsr:mode=no-text"

@@ -526,6 +526,12 @@ def test_bars(bar, figure, other, met):
     assert bar.judge(means, metrics(["v4"]))["met"] is met
 
 
+def test_a_bar_of_reading_comes_with_what_sharp_lines_get():
+    means = {(name, metric, "hard"): 0.98 for name in ("difftsr", "input", "hr") for metric in ("ned_v4", "lpips")}
+    sharp = [Bar(metric, "hard").judge(means, metrics(["v4"]))["sharp"] for metric in ("ned_v4", "lpips")]
+    assert sharp == [0.98, None]
+
+
 def test_figures_leave_out_lines_on_which_a_judge_was_not_asked():
     base = {"restorer": "x", "slices": {"all": "all"}, "text_id": "1", "truth": "a"}
     rows = figures([base | {"file": "1", "ned_v4": 0.5}, base | {"file": "2"}], ["ned_v4"])
