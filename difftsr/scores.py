@@ -242,11 +242,12 @@ class Bar:
         figure = table.get((self.restorer, self.metric, self.slice))
         other = table.get((self.against, self.metric, self.slice)) if self.against else 0.0
         sharp = table.get(("hr", self.metric, self.slice)) if self.metric.startswith("ned") else None
+        verdict = {"bar": text, "figure": figure, "limit": None, "sharp": sharp, "met": None}
         if figure is None or other is None:
-            return {"bar": text, "figure": figure, "limit": None, "sharp": sharp, "met": None}
+            return verdict
         ahead = (figure - other - self.margin) * (1 if metric.higher else -1)
         met = ahead > 0 if self.strict else ahead >= -1e-12
-        return {"bar": text, "figure": figure, "limit": other + self.margin, "sharp": sharp, "met": met}
+        return {**verdict, "limit": other + self.margin, "met": met}
 
 
 BASELINE, NO_TEXT = "difftsr:mode=baseline", "difftsr:mode=no-text"
