@@ -218,7 +218,7 @@ def is_fit(font: Font) -> bool:
 # %% ../notebooks/01_text_lines.ipynb #95924aac
 FONT_PACKAGES = ("pylopdf_fonts_zh_cn", "paperang_p2_fonts_cjk")  # pinned: lessons and tests use these alone
 MORE_FONT_PACKAGES = "justmytype"  # begins the names of a whole series, for training where they are installed
-FONT_FILES = re.compile(r"\.(ttf|otf|ttc)$|(chinese-\w+|japanese)-400-normal\.woff2$", re.IGNORECASE)
+FONT_FILES = re.compile(r"\.(ttf|otf|ttc)$|(chinese-\w+|japanese|latin)-400-normal\.woff2$", re.IGNORECASE)
 SYSTEM_FONT_FOLDERS = (
     "/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts", "/Library/Fonts",
     "/System/Library/Fonts", "C:/Windows/Fonts",

@@ -442,13 +442,14 @@ assert not is_reserved_face("Noto Sans SC", "NotoSansSC-Regular.otf")
 # measures it). Free display faces for Chinese are few, for Japanese many; they share the code points, and nearly the
 # forms, of three in five of our characters. So the pool that the *recogniser* learns from may take them, by
 # `DIFFTSR_FONTS`. The image diffusion, which has to *draw* these characters as they are written in China, learns
-# without them.
+# without them. The same holds for letters and digits: signs are lettered in slab serifs, scripts and stencils, and a
+# system's fonts have none of them, while npm has hundreds (the subset `latin` of a family).
 
 # %%
 #| export
 FONT_PACKAGES = ("pylopdf_fonts_zh_cn", "paperang_p2_fonts_cjk")  # pinned: lessons and tests use these alone
 MORE_FONT_PACKAGES = "justmytype"  # begins the names of a whole series, for training where they are installed
-FONT_FILES = re.compile(r"\.(ttf|otf|ttc)$|(chinese-\w+|japanese)-400-normal\.woff2$", re.IGNORECASE)
+FONT_FILES = re.compile(r"\.(ttf|otf|ttc)$|(chinese-\w+|japanese|latin)-400-normal\.woff2$", re.IGNORECASE)
 SYSTEM_FONT_FOLDERS = (
     "/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts", "/Library/Fonts",
     "/System/Library/Fonts", "C:/Windows/Fonts",

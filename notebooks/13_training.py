@@ -870,12 +870,23 @@ class Trainer:
                 cache = CachedLatents.build(
                     folder, self.model, self.dataset, config.cache, config.seed, data=config.data
                 )
-            self.batches = latent_batches(cache, size, config.seed, **place)
+            self.batches, self.different = latent_batches(cache, size, config.seed, **place), len(cache)
         else:
             self.batches = make_loader(self.dataset, size, config.seed, workers=config.workers, **place)
+            self.different = len(self.dataset)
         self.unseen = open_source(config.validation, *shape, seed=config.seed + 1) if config.validation else None
 
     # --- one step ---
+
+    @property
+    def lines_a_step(self) -> int:
+        """Lines that all processes together see in one step."""
+        return self.settings.batch_size * self.config.accumulate * self.world
+
+    @property
+    def epochs(self) -> float:
+        """How often the run has met each of its lines so far, in the mean."""
+        return self.step * self.lines_a_step / self.different
 
     @property
     def progress(self) -> float:
@@ -998,17 +1009,18 @@ class Trainer:
     def tell(self, bar: tqdm) -> None:
         """One row of the history, on the bar and for TensorBoard."""
         now, config = time.monotonic(), self.config
-        spent, lines_a_step = max(now - self.told_at, 1e-9), self.settings.batch_size * config.accumulate * self.world
-        pace = (self.step - self.told_step) * lines_a_step / spent
+        spent = max(now - self.told_at, 1e-9)
+        pace = (self.step - self.told_step) * self.lines_a_step / spent
         numbers = {key: float(value) for key, value in self.shown.items()}
         numbers |= {"lines_per_second": round(pace, 2), "waiting": round((self.waited or 0.0) / spent, 4)}
         if self.scaler.is_enabled():
             numbers["scale"] = self.scaler.get_scale()
         self.told_at, self.told_step, self.waited = now, self.step, 0.0
-        row = {"step": self.step, "seconds": round(self.seconds, 2), "lines": self.step * lines_a_step}
+        row = {"step": self.step, "seconds": round(self.seconds, 2), "lines": self.step * self.lines_a_step}
         record(self.history, {**row, **numbers})
         left = {"minutes left": f"{config.minutes - self.seconds / 60:.1f}"} if config.minutes else {}
-        bar.set_postfix({"loss": f"{numbers['loss']:.4f}", "lines/s": f"{pace:.1f}", **left})
+        speed = {"lines/s": f"{pace:.1f}", "epochs": f"{self.epochs:.2f}"}
+        bar.set_postfix({"loss": f"{numbers['loss']:.4f}", **speed, **left})
         if self.board:
             rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
             self.board.scalars({**numbers, **{f"rate_{name}": value for name, value in rates.items()}}, self.step)
@@ -1065,7 +1077,8 @@ class Trainer:
         about = {
             "finished": finished, "config": plain | {"report": []}, "settings": asdict(self.settings),
             "seeds": {"run": self.config.seed, "share": "numpy.random.SeedSequence([run, share])"},
-            "steps": self.step, "minutes": round(self.seconds / 60, 2), "versions": versions(), "commit": commit(),
+            "steps": self.step, "epochs": round(self.epochs, 3), "minutes": round(self.seconds / 60, 2),
+            "versions": versions(), "commit": commit(),
             "hardware": hardware(self.device, self.world), "history": self.history, "validation": self.validation,
         }  # fmt: skip
         if hasattr(self.stage, "summary"):
@@ -1491,7 +1504,10 @@ plt.show()
 # - **`scale`** (fp16) halves at an overflow and doubles when there was none for 2,000 steps. A scale that falls to 1
 #   says that fp16 does not suit this network.
 # - **The held-out loss turns up** while the other falls: the run has learned its lines by heart. More lines, or
-#   `--result best`. A network with room for it and too few examples does so within seconds:
+#   `--result best`. Without `--validation` nobody sees it; `epochs`, on the bar and in `run.json`, says how often a line
+#   was met in the mean, and above three or four it is time to look. (The card of the classroom weights, under *The
+#   reader*, tells of a recogniser that met its pool fourteen times.) A network with room for it and too few examples
+#   does so within seconds:
 
 # %%
 def by_heart(points: int, steps: int = 1500) -> tuple[list[float], list[float]]:

@@ -150,6 +150,13 @@ def test_a_run_learns_from_every_kind_of_data(sets, tmp_path, monkeypatch, data)
     assert read_card(tmp_path)["recognizer"]["history"]["loss"][-1] > 0
 
 
+def test_the_card_counts_epochs(sets, tmp_path):
+    """Three steps of two shares of four lines meet each of the eight lines of a pool three times."""
+    config = TrainConfig("recognizer", output=tmp_path, data=f"pool:{sets / 'pool'}", steps=3, accumulate=2, **TINY)
+    train_stage(config, "recognizer")
+    assert read_card(tmp_path)["recognizer"]["epochs"] == 3
+
+
 @pytest.mark.parametrize(
     "data, message",
     [
