@@ -442,8 +442,8 @@ assert not is_reserved_face("Noto Sans SC", "NotoSansSC-Regular.otf")
 # measures it). Free display faces for Chinese are few, for Japanese many; they share the code points, and nearly the
 # forms, of three in five of our characters. So the pool that the *recogniser* learns from may take them, by
 # `DIFFTSR_FONTS`. The image diffusion, which has to *draw* these characters as they are written in China, learns
-# without them. The same holds for letters and digits: signs are lettered in slab serifs, scripts and stencils, and a
-# system's fonts have none of them, while npm has hundreds (the subset `latin` of a family).
+# without them. The same holds for letters and digits: signs are lettered in slab serifs, scripts and stencils, of
+# which a system has few, and npm many (the subset `latin` of a family).
 
 # %%
 #| export

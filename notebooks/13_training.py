@@ -1505,9 +1505,8 @@ plt.show()
 #   says that fp16 does not suit this network.
 # - **The held-out loss turns up** while the other falls: the run has learned its lines by heart. More lines, or
 #   `--result best`. Without `--validation` nobody sees it; `epochs`, on the bar and in `run.json`, says how often a line
-#   was met in the mean, and above three or four it is time to look. (The card of the classroom weights, under *The
-#   reader*, tells of a recogniser that met its pool fourteen times.) A network with room for it and too few examples
-#   does so within seconds:
+#   was met in the mean. (The card of the classroom weights, under *The reader*, tells of a recogniser that met its pool
+#   fourteen times.) A network with room for it and too few examples does so within seconds:
 
 # %%
 def by_heart(points: int, steps: int = 1500) -> tuple[list[float], list[float]]:
