@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 
+import numpy as np
 import torch
 import tyro
 from PIL import Image, ImageDraw
@@ -148,7 +149,7 @@ class CertaintyConfig:
     dev: Path = Path("data/eval/dev")  # lines to calibrate on: labels.tsv, and images
     test: Path = Path("data/eval/test")  # lines to measure on
     output: Path = Path("data/benchmarks/certainty.json")  # the reliability diagrams
-    lines: int | None = None  # so many lines of each set, spread evenly; all by default
+    lines: int | None = None  # so many lines of each set, the same random ones each time; all by default
     batch: int = 8  # lines at once
 
 
@@ -163,7 +164,8 @@ def collect(
     if not lines:
         raise ValueError(f"{folder}: no labelled lines; labels.tsv with the columns file and text is needed")
     if count is not None:
-        lines = [lines[k * len(lines) // count] for k in range(min(count, len(lines)))]
+        # At random: the strengths take turns in a set, so every second line would be of two of the four.
+        lines = [lines[k] for k in sorted(np.random.default_rng(0).permutation(len(lines))[:count])]
     evidence, right = [], []
     for first in tqdm(range(0, len(lines), batch), folder.name, disable=None):
         chosen = lines[first : first + batch]

@@ -1703,7 +1703,7 @@ live(
 # - The best linear folding is a handful of cosine patterns (19.3 dB here, against 16.3 of what descent found); a deep
 #   one starts there and learns to draw.
 # - The VAE folds a line into a latent with 64 times fewer positions; the diffusion works there; its round trip is the
-#   ceiling of everything that follows: 26.2 dB and an LPIPS of .052 with the committed weights.
+#   ceiling of everything that follows: 26.4 dB and an LPIPS of .049 with the committed weights.
 # - The posterior is a mean and a width for each number. The KL price keeps it from drifting. The bound on
 #   $-\ln p(x)$ asks for a weight of $b D / N$, the error times the share of numbers kept: .0063 here. Weight 1 is 159
 #   times as much and emptied the latent; we take 1e-4.
@@ -1714,7 +1714,7 @@ live(
 #
 # ## Check yourself
 #
-# 1. The round trip of sharp lines has 26.2 dB. Can a diffusion in this latent space give lines with 30 dB?
+# 1. The round trip of sharp lines has 26.4 dB. Can a diffusion in this latent space give lines with 30 dB?
 # 2. Why does the encoder give $\ln \sigma^2$ and not $\sigma$?
 # 3. The weight of the KL is doubled, and so is the size of the image, in both directions. What does each do to the
 #    balance of the loss, with means as here, and with a mean and a sum as in the release?
@@ -1725,7 +1725,7 @@ live(
 #
 # <details><summary>Answers</summary>
 #
-# 1. Hardly: what comes out is decoded by the same decoder, and the sharp line's own latent already gives only 26.2 dB.
+# 1. Hardly: what comes out is decoded by the same decoder, and the sharp line's own latent already gives only 26.4 dB.
 #    (On average; PSNR of another latent could be higher by luck.)
 # 2. Any real number is allowed as a logarithm; a width must be positive, and would need care near zero, where the KL
 #    has its steepest slope.

@@ -222,6 +222,7 @@ print(f"(the stem is {int(glyph[30].sum())} pixels wide)")
 # | and 463 on lines of all strengths, a third of them with texts as they are read | .762 | .521 |
 # | and 942 more on lines of all strengths | .730 | .539 |
 # | and 1,130 more on new ones, in one step or two | .774 | .546 |
+# | and 974 more, LPIPS with twice the weight | .771 | .548 |
 #
 # (The runs behind it are described in `data/weights/classroom/README.md`; they take an hour, not a lesson.) The input
 # itself is read at .558. The last row is what lies in `data/weights`: on the way from 608 the network has learned not

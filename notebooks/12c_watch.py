@@ -184,11 +184,12 @@ plt.show()
 assert bool((bits >= 0).all())
 
 # %% [markdown]
-# No position is ever in much doubt here: the scale ends near a quarter of a bit, and two equals would be a whole one.
-# The first character is decided from the start. The second and the third keep a little doubt for three or four steps,
-# the last one for nine, until $t = 599$. Each is settled when the noisy text has drawn the right character: from there
-# on it is believed. The frames of section 3 show it: at $t = 699$ the noisy text has 苔 in the last place, at $t = 349$
-# it has 头. The prediction below it says 头 all the while. It only was not quite sure.
+# Mind the scale: it ends near a quarter of a *thousandth* of a bit, and two equals would be a whole one. So all four
+# characters are decided from the start, while the noisy text is nothing but noise. The traces of doubt that are left
+# have a shape all the same. The second character keeps its trace for three steps and the third for four, until the
+# noisy text has drawn the right character: from there on it is believed. The frames of section 3 show how little
+# depends on it here: at $t = 699$ the noisy text has 苔 in the last place, at $t = 349$ it has 头, and the prediction
+# below it says 头 all the while.
 #
 # Which of the two diffusions is decided first? For the text we take the mean of these bits; for the picture, how far
 # $\hat z_0$ still is from what it will be at the end.
@@ -207,9 +208,10 @@ figure.legend(fontsize=7, loc="upper right", bbox_to_anchor=(0.88, 0.88))
 plt.show()
 
 # %% [markdown]
-# The text is settled half-way, in sudden steps. The picture never jumps: $\hat z_0$ moves toward its end all the
-# time, and it does not have far to go, since a distance of 1 would be the spread of a latent. This line was easy: the
-# degraded picture tells nearly all of it. The projects below ask for a severe one.
+# The text was decided before the film began, and its last traces of doubt are gone after four steps. The picture never
+# jumps: in the first third $\hat z_0$ hardly comes nearer, then it moves toward its end to the last step. It does not
+# have far to go, since a distance of 1 would be the spread of a latent. This line was easy: the degraded picture tells
+# nearly all of it. The projects below ask for a severe one.
 #
 # > **The released code, row 1: the text stands still.** Its sampler has `general=True` by default, and then the text
 # > diffusion is never called: the film has one track. Here both run by default; the same path has the name
@@ -407,9 +409,9 @@ def live(draw: Callable[..., tuple[np.ndarray, str]], **controls):
 
 
 # %% [markdown]
-# How sure must a position be before we take its character? Move the bar: what is less likely than it becomes a dot. On
-# this line the bar must stand very high to stop anything. At .99 only the first character passes at the first step, the
-# first three at the fifth, and from the tenth on all four.
+# How sure must a position be before we take its character? Move the bar: what is not likelier than it becomes a dot. On
+# this line it stops hardly anything: even at .99 all four characters pass at the first step, where the noisy text has
+# none of them yet. A hard line, such as `12.png`, gives it more to do.
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -497,8 +499,8 @@ save_trace(watched.trace, folder / "trace.safetensors")
 #
 # - A trace keeps every $z_t$ and $c_t$, and only when asked for; from it come frames, a player, a GIF, an MP4 and a
 #   file of numbers.
-# - Entropy per position shows when the text is decided (here at $t = 549$, one character of four being a little open
-#   until then); $\hat z_0$ shows when the picture is (here slowly, to the end).
+# - Entropy per position shows when the text is decided (here from the first step on); $\hat z_0$ shows when the picture
+#   is (here slowly, to the end).
 # - Counting the rest of a distribution as one class gives too few bits while much is open (.28 of 11.12) and is exact
 #   where it matters (.052 of .052).
 # - In mode "baseline", which the released sampler runs by default, no character changes during the film; with both

@@ -691,7 +691,7 @@ for place, (name, row) in enumerate(rows.items()):
 # %%
 model = DiffTSR.from_pretrained("classroom")
 text = "停车场入口"
-victim = blurred(line(text), 12)
+victim = blurred(line(text), 14)
 start = line_to_canvas(victim, tuple(model.config.image_size))[None]
 wanted = model.alphabet.encode_batch([text])
 
@@ -802,7 +802,7 @@ for name, values in (("a", a), ("b", b), ("b - a", b - a)):
 # - Conventions move figures without any picture changing: 1.32 dB between RGB and Y; a Fréchet distance of 27 or .3
 #   between two sets from one distribution, by their size alone.
 # - A reader that taught is no judge: after sixty steps on the pixels the teacher's NED went from .40 to 1.00, and the
-#   judges' fell from 1.00 to .80 and .60.
+#   judges' fell from 1.00 to .00 and .20.
 # - A mean without an interval is half a figure. Lines that belong together are drawn together, and two methods are
 #   compared by their differences on the same lines.
 

@@ -1176,8 +1176,8 @@ print(f"checkpoint {row['checkpoint_gb']} GB; peak memory of the conversion {row
 # - A checkpoint is a program. `weights_only=True` runs none; harmless names of a framework get classes that do nothing.
 # - An alphabet belongs to the weights like a layer: UTF-8, and as many characters as the weights have classes.
 # - Habits of a sampler belong to the weights too. They have one place, `reference_sample`, and are off everywhere else.
-#   On our weights an unscaled condition changed the picture by 45 levels of 255, leading times by .4, a start from the
-#   LR latent by nothing; truncation darkens by .49; and told the index, a text diffusion that is right in 99 of 100
+#   On our weights an unscaled condition changed the picture by 44 levels of 255, leading times by .4, a start from the
+#   LR latent by nothing; truncation darkens by .48; and told the index, a text diffusion that is right in 99 of 100
 #   cases corrects at most one character in a hundred.
 
 # %% [markdown]
