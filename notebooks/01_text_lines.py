@@ -21,7 +21,7 @@
 # fills with empty boxes, and how to prevent it; why a realistic sampler alone would hide three quarters of the alphabet
 # from the model; how a picture of a line is composed from one grey mask, a warp and a few layers.
 #
-# **Needs.** 0.5 minutes and 0.5 GB of memory on two CPU cores; no GPU, no download.
+# **Needs.** 0.5 minutes and 0.6 GB of memory on two CPU cores; no GPU, no download.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/01_text_lines.ipynb)

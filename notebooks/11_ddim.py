@@ -16,7 +16,7 @@
 # not add noise; what few steps cost, exactly; how a text of noise becomes a text; and where the released code does
 # something else.
 #
-# **What you need.** Lessons 07 to 10. 0.5 minutes and 0.6 GB of memory on two CPU cores.
+# **What you need.** Lessons 07 to 10. 0.5 minutes and 0.7 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/11_ddim.ipynb)

@@ -14,7 +14,7 @@
 # **What you will understand.** What each of the two diffusions knows at which moment, and what entropy says about it;
 # and what such a film would show of the released sampler, whose text stands still.
 #
-# **Needs.** Lesson 12. 0.5 minutes and 0.6 GB of memory on two CPU cores.
+# **Needs.** Lesson 12. 0.5 minutes and 0.7 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/12c_watch.ipynb)

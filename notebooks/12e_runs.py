@@ -15,7 +15,7 @@
 # **What you will understand.** Why a checkpoint is written under another name first, what happens when the disk is
 # full, what belongs on the card of a run, and how to look at a run that is still going.
 #
-# **Needs.** 0.5 minutes and 0.6 GB of memory on two CPU cores. The loop that uses all this is in lesson 13.
+# **Needs.** 0.5 minutes and 0.7 GB of memory on two CPU cores. The loop that uses all this is in lesson 13.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/12e_runs.ipynb)

@@ -16,7 +16,7 @@
 # averaged weights are the ones to keep; how one loop serves a GAN and a diffusion model alike; in which order the five
 # networks are trained; how to read their curves, and how to go on with a run on a bigger machine.
 #
-# **Needs.** Lesson 12e, where what a run writes is built. 0.5 minutes and 1 GB of memory on two CPU cores.
+# **Needs.** Lesson 12e, where what a run writes is built. 1 minute and 1.1 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/13_training.ipynb)

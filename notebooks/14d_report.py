@@ -15,7 +15,7 @@
 # **What you will understand.** How a table, a plot and a picture answer different questions about the same run, and
 # what to look at first.
 #
-# **What it needs.** 0.5 minutes and 0.4 GB of memory on two CPU cores.
+# **What it needs.** 0.5 minutes and 0.6 GB of memory on two CPU cores.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/difftsr/difftsr/blob/main/notebooks/14d_report.ipynb)
