@@ -41,9 +41,8 @@ train vae "pool:$run/pool" 21 --warmup 50 --seed 1
 export DIFFTSR_FONTS="$run/faces"
 train recognizer synthetic 240 --workers 1 --seed 5 --overrides lr_fraction 0.65
 for seed in 6 7; do
-  python -m difftsr.train --preset classroom --output "$run/cycle-$seed" --init "$run/weights" --stage recognizer \
-    --data synthetic --workers 1 --minutes "$(of 50)" --warmup 40 --learning-rate 7e-4 --seed "$seed" \
-    --overrides lr_fraction 0.65
+  train recognizer synthetic 50 --output "$run/cycle-$seed" --init "$run/weights" --workers 1 --warmup 40 \
+    --learning-rate 7e-4 --seed "$seed" --overrides lr_fraction 0.65
 done
 python - "$run/weights" "$run"/cycle-{6,7}/weights <<'MEAN'
 import sys
@@ -51,16 +50,16 @@ import torch
 from difftsr.dataset import SyntheticLines, to_float
 from difftsr.model import DiffTSR
 
-first, *others = models = [DiffTSR.from_pretrained(folder) for folder in sys.argv[1:]]
+models = [DiffTSR.from_pretrained(folder) for folder in sys.argv[1:]]
 states = [model.recognizer.state_dict() for model in models]
-mean = {name: sum(state[name] for state in states) / len(states) if value.is_floating_point() else value
-        for name, value in states[0].items()}
-first.recognizer.load_state_dict(mean)
-unseen = SyntheticLines(first.alphabet, first.config.image_size, length=96, seed=99, identity=0.0)
+model = models[0]
+model.recognizer.load_state_dict({name: sum(state[name] for state in states) / len(states)
+                                  if value.is_floating_point() else value for name, value in states[0].items()})
+unseen = SyntheticLines(model.alphabet, model.config.image_size, length=96, seed=99, identity=0.0)
 lines = unseen.batch([(index, 0) for index in range(96)])
 with torch.no_grad():
-    first.recognizer.eval().calibrate(to_float(lines["lr"]), lines["tokens"])
-first.save(sys.argv[1])
+    model.recognizer.eval().calibrate(to_float(lines["lr"]), lines["tokens"])
+model.save(sys.argv[1])
 MEAN
 unset DIFFTSR_FONTS
 # Mostly at the first time, and from the mean of its noise: a small model that takes one step learns that step.
