@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 from difftsr.certainty import (
     LIMIT,
     characters_right,
+    collect,
     colour_of,
     confidence,
     fit,
@@ -129,3 +132,15 @@ def test_the_command_calibrates_a_folder_of_weights(weights, tmp_path, capsys):
     assert found["calibrated"]["brier"] <= found["text_diffusion"]["brier"]
     assert main(["--weights", str(mine), "--dev", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+def test_some_lines_of_a_set_are_of_every_strength(monkeypatch):
+    """The strengths take turns in the sets of the project; half of the lines must not be two of the four."""
+    strengths, seen = ("mild", "medium", "hard", "severe"), []
+    lines = [SimpleNamespace(truth="A", image=strengths[k % 4]) for k in range(320)]
+    monkeypatch.setattr("difftsr.evaluate.labelled", lambda folder: lines)
+    monkeypatch.setattr("difftsr.restore.restore_batch", lambda model, images: seen.extend(images) or [])
+    for _ in range(2):
+        assert collect(None, Path("set"), 160) == ([], [])
+    assert len(seen) == 320 and seen[:160] == seen[160:]  # the same ones each time
+    assert all(30 <= seen[:160].count(strength) <= 50 for strength in strengths)
