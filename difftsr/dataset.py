@@ -30,8 +30,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 from tqdm.auto import tqdm
 
 from .degradation import DegradationConfig, degrade, to_canvas
+from .surroundings import WORLD, SceneRenderer, Surroundings
 from difftsr.text_lines import (
+    BAND_COLUMNS,
     MAX_LENGTH,
+    VARIED,
     Alphabet,
     Font,
     LineRenderer,
@@ -54,13 +57,15 @@ class Line:
     origin: str  # where it came from, for people
     lr: np.ndarray | None = None  # (h', w', 3) uint8 RGB, of sources that hold real pairs
     centers: np.ndarray | None = None  # (len(text),) in [0, 1], where the source knows them
+    band: np.ndarray | None = None  # (16, 2): top and bottom of the line as `band_of` has them, where it is known
 
 # %% ../notebooks/03_dataset.ipynb #06ee616f
 class LineSource(Dataset):
     """A source of training records. Subclasses say what `line(index)` is; the rest is the same for all.
 
-    A record is `dict(hr, lr, text, tokens, centers, origin)`: two canvases `(H, W, 3)` uint8 RGB, the classes `(24,)`
-    and the centres `(24,)` of the characters as shares of the width, -1 where there is none. Record `index` with
+    A record is `dict(hr, lr, text, tokens, centers, band, origin)`: two canvases `(H, W, 3)` uint8 RGB, the classes
+    `(24,)` and the centres `(24,)` of the characters as shares of the width, and the band `(16, 2)` in which the line
+    runs as shares of the height, -1 where there is none. Record `index` with
     degradation number `draw` is a pure function of (seed, index, draw).
     """
 
@@ -95,7 +100,7 @@ class LineSource(Dataset):
         return [self._record(line, self._low_resolution(line, index, draw)) for draw in range(draws)]
 
     def batch(self, items: Sequence[tuple[int, int]]) -> dict:
-        """Records (index, draw) stacked: hr, lr `(B, H, W, 3)` uint8, tokens and centers `(B, 24)`, text, a list."""
+        """Records (index, draw) stacked: hr, lr (B, H, W, 3) uint8, tokens, centers (B, 24), band (B, 16, 2), text."""
         return collate([self.record(index, draw) for index, draw in items])
 
     def __getitem__(self, index: int) -> dict:
@@ -114,12 +119,14 @@ class LineSource(Dataset):
         centers = np.full(MAX_LENGTH, -1, dtype=np.float32)
         if line.centers is not None:
             centers[: len(line.text)] = line.centers
+        unknown = np.full((BAND_COLUMNS, 2), -1, dtype=np.float32)
         return {
             "hr": to_canvas(line.hr, self.size),
             "lr": to_canvas(lr, self.size),
             "text": line.text,
             "tokens": self.alphabet.encode(line.text),
             "centers": centers,
+            "band": unknown if line.band is None else line.band,
             "origin": line.origin,
         }
 
@@ -131,6 +138,7 @@ def collate(records: Sequence[dict]) -> dict:
         "lr": np.stack([record["lr"] for record in records]),
         "tokens": torch.stack([record["tokens"] for record in records]),
         "centers": torch.from_numpy(np.stack([record["centers"] for record in records])),
+        "band": torch.from_numpy(np.stack([record["band"] for record in records])),
         "text": [record["text"] for record in records],
     }
 
@@ -165,11 +173,15 @@ class SyntheticLines(LineSource):
         identity: float = 0.1,
         looks: Looks | None = None,
         rare_share: float = 0.0,
+        latin_share: float = 0.0,
+        surroundings: Surroundings | None = None,
     ):
         super().__init__(alphabet, size, degradation=degradation, identity=identity, seed=seed)
         self.length = length
-        self.renderer = LineRenderer(find_fonts() if fonts is None else fonts, looks=looks)
-        self.sampler = PhraseSampler(alphabet, words=words, rare_share=rare_share)
+        fonts = find_fonts() if fonts is None else fonts
+        around = {} if surroundings is None else {"surroundings": surroundings}
+        self.renderer = (SceneRenderer if around else LineRenderer)(fonts, looks=looks, **around)
+        self.sampler = PhraseSampler(alphabet, words=words, rare_share=rare_share, latin_share=latin_share)
 
     def __len__(self) -> int:
         return self.length
@@ -183,7 +195,7 @@ class SyntheticLines(LineSource):
             if self.renderer.covers(text):
                 rendered = self.renderer.render(text, rng)
                 origin = f"synthetic:{self.seed}:{index}:{rendered.style.font.name}"
-                return Line(rendered.image, text, origin, centers=rendered.centers)
+                return Line(rendered.image, text, origin, centers=rendered.centers, band=rendered.band)
         raise ValueError("the fonts hold none of 100 phrases")
 
 # %% ../notebooks/03_dataset.ipynb #58cfd351
@@ -203,7 +215,8 @@ class _PoolWriter:
             lr[row] = [record["lr"] for record in records]
             text, centers = records[0]["text"], records[0]["centers"]
             known = [round(float(center), 4) for center in centers[: len(text)]]
-            described.append({"texts": text, "origins": records[0]["origin"], "centers": known})
+            band = np.round(records[0]["band"], 4).tolist()
+            described.append({"texts": text, "origins": records[0]["origin"], "centers": known, "bands": band})
         return described
 
 
@@ -266,6 +279,8 @@ class LinePool(Dataset):
         self.centers = torch.full((len(self.texts), MAX_LENGTH), -1.0)
         for row, centers in zip(self.centers, described["centers"], strict=True):
             row[: len(centers)] = torch.tensor(centers)
+        unknown = [[[-1.0, -1.0]] * BAND_COLUMNS] * len(self.texts)  # pools of before the bands
+        self.bands = torch.tensor(described.get("bands", unknown))
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -277,6 +292,7 @@ class LinePool(Dataset):
             "lr": self.lr[rows, draws % self.lr.shape[1]],
             "tokens": self.tokens[rows],
             "centers": self.centers[rows],
+            "band": self.bands[rows],
             "text": [self.texts[row] for row in rows],
         }
 
@@ -284,7 +300,8 @@ class LinePool(Dataset):
         draw = np.random.default_rng([self.seed, index]).integers(self.lr.shape[1])
         batch = self.batch([(index, int(draw))])
         record = {name: values[0] for name, values in batch.items()}
-        return {**record, "centers": record["centers"].numpy(), "origin": self.origins[index]}
+        numbers = {name: record[name].numpy() for name in ("centers", "band")}
+        return {**record, **numbers, "origin": self.origins[index]}
 
     def __getitems__(self, items: Sequence[tuple[int, int]]) -> dict:
         return self.batch(items)
@@ -321,7 +338,7 @@ class LinePool(Dataset):
                 for described in in_processes(_PoolWriter(source, unfinished, degradations), chunks, workers):
                     rows += described
                     bar.update(len(described))
-            described = {name: [row[name] for row in rows] for name in ("texts", "origins", "centers")}
+            described = {name: [row[name] for row in rows] for name in ("texts", "origins", "centers", "bands")}
             described |= {"alphabet": source.alphabet.characters, "alphabet_name": source.alphabet.name}
             (unfinished / "records.json").write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
             unfinished.rename(path)
@@ -683,13 +700,19 @@ def open_source(
     *,
     degradation: DegradationConfig | None = None,
 ) -> Dataset:
-    """The source that a command line names: "synthetic", "pool:PATH", "lmdb:PATH", "pairs:PATH" or "shards:PATH".
+    """The source that a command line names: "synthetic", "world", or "pool:", "lmdb:", "pairs:", "shards:" and a path.
 
-    "lmdb:PATH@INDEX" and "pairs:PATH@INDEX" take the records of an index file alone (lesson 03b).
+    "synthetic" renders plain lines, "world" lines in surroundings (lesson 01b), with more Latin words and rare
+    characters. "lmdb:PATH@INDEX" and "pairs:PATH@INDEX" take the records of an index file alone (lesson 03b).
     """
     kind, _, path = name.partition(":")
     if kind == "synthetic" and not path:
         return SyntheticLines(alphabet, size, seed=seed, degradation=degradation)
+    if kind == "world" and not path:
+        return SyntheticLines(
+            alphabet, size, seed=seed, degradation=degradation, looks=VARIED, surroundings=WORLD, rare_share=0.2,
+            latin_share=0.25,
+        )  # fmt: skip
     if kind == "pool" and path:
         pool = LinePool(path, alphabet, seed=seed)
         if tuple(pool.size) != tuple(size):
@@ -700,7 +723,7 @@ def open_source(
         source = {"lmdb": LmdbLines, "pairs": PairFolder, "shards": ShardLines}[kind]
         opened = source(path, alphabet, size, seed=seed, degradation=degradation)
         return Selected(opened, read_index(index)) if index else opened
-    raise ValueError(f"unknown data {name!r}; allowed: synthetic, pool:PATH, lmdb:PATH, pairs:PATH, shards:PATH")
+    raise ValueError(f"unknown data {name!r}; allowed: synthetic, world, pool:PATH, lmdb:PATH, pairs:PATH, shards:PATH")
 
 # %% ../notebooks/03_dataset.ipynb #52a77c1f
 class BatchOrder(Sampler):

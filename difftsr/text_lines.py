@@ -3,12 +3,13 @@
 # %% auto #0
 __all__ = ['PAD', 'UNK', 'UNKNOWN', 'MAX_LENGTH', 'ASCII', 'PUNCTUATION', 'TEXT_RANGES', 'PROBE', 'RESERVED_FACES', 'NOT_TEXT',
            'NOT_SIGNS', 'UNFAITHFUL', 'FONT_PACKAGES', 'MORE_FONT_PACKAGES', 'FONT_FILES', 'SYSTEM_FONT_FOLDERS',
-           'PLACEHOLDER', 'HEIGHT', 'FONT_SIZE', 'SIGN_COLORS', 'MIN_CONTRAST', 'VARIED', 'PHOTOGRAPHS',
+           'PLACEHOLDER', 'HEIGHT', 'FONT_SIZE', 'SIGN_COLORS', 'MIN_CONTRAST', 'VARIED', 'PHOTOGRAPHS', 'BAND_COLUMNS',
            'RUNNING_HANDS', 'FONT_SOURCES', 'gb2312', 'Alphabet', 'Font', 'is_reserved_face', 'is_fit',
            'package_font_folders', 'font_folders', 'written_whole', 'write_atomically', 'write_json', 'find_fonts',
-           'data_folder', 'read_phrases', 'read_table', 'reserved_texts', 'is_reserved', 'PhraseSampler', 'draw_mask',
-           'LineStyle', 'luminance', 'draw_colors', 'Looks', 'draw_style', 'place', 'photographs', 'cut_photograph',
-           'compose', 'bend', 'RenderedLine', 'LineRenderer', 'contact_sheet', 'glyph_bitmaps', 'print_fonts', 'main']
+           'data_folder', 'read_phrases', 'read_table', 'reserved_texts', 'is_reserved', 'latin_words', 'PhraseSampler',
+           'draw_mask', 'LineStyle', 'luminance', 'draw_colors', 'Looks', 'draw_style', 'place', 'photographs',
+           'cut_photograph', 'paint_ground', 'paint_ink', 'paint_light', 'compose', 'band_of', 'sagged', 'bend',
+           'RenderedLine', 'LineRenderer', 'contact_sheet', 'glyph_bitmaps', 'print_fonts', 'main']
 
 # %% ../notebooks/01_text_lines.ipynb #fc4862af
 import functools
@@ -414,6 +415,33 @@ def _jieba_words() -> tuple[tuple[str, ...], np.ndarray] | None:
     return tuple(word for word, _ in words), np.array([count for _, count in words]) ** 0.5
 
 
+@functools.lru_cache
+def latin_words() -> tuple[tuple[str, ...], dict[str, str]]:
+    """English words that every Python brings (the prose of its help texts, the places of its time zones), and which
+    letters follow two others in them: "^a" begins a word, "$" ends it. They may change with the version of Python."""
+    from pydoc_data import topics
+    from zoneinfo import available_timezones
+
+    prose = " ".join(topics.topics.values())
+    places = " ".join(name.rpartition("/")[2] for name in sorted(available_timezones()))
+    words = tuple(sorted({word.lower() for word in re.findall(r"[A-Za-z]{2,14}", f"{prose} {places}")}))
+    after: dict[str, str] = {}
+    for word in words:
+        letters = f"^{word}$"
+        for at in range(len(letters) - 1):
+            context = letters[max(0, at - 1) : at + 1]
+            after[context] = after.get(context, "") + letters[at + 1]
+    return words, after
+
+
+def _made_up(after: dict[str, str], rng: np.random.Generator) -> str:
+    """A word that nobody uses and everybody could pronounce: a reader has to look at its letters."""
+    word = "^"
+    while len(word) < 13 and (letter := _pick(rng, after[word[-2:]])) != "$":
+        word += letter
+    return word[1:]
+
+
 def _pick(rng: np.random.Generator, choices: Sequence):
     return choices[int(rng.integers(len(choices)))]
 
@@ -422,10 +450,10 @@ class PhraseSampler:
     """Draws what a line may say: signs, addresses, prices, plates, dates, phones, English, and rare characters.
 
     `words`: "auto" takes jieba's dictionary where it is installed, "builtin" a short list that is the same everywhere.
-    `random_share` of the phrases are characters drawn evenly from the alphabet: without them most of the 3,755 hanzi
-    would be met a few times only. `rare_share` of them are words chosen by a character that is drawn evenly: rare
-    characters in the company they keep. Whatever comes out can be written in the alphabet, has 1 to `max_length`
-    characters and is no reserved text.
+    `latin_share` of them are Latin words, of which every third is made up. `random_share` of the phrases are characters
+    drawn evenly from the alphabet: without them most of the 3,755 hanzi would be met a few times only. `rare_share` of
+    them are words chosen by a character that is drawn evenly: rare characters in the company they keep. Whatever comes
+    out can be written in the alphabet, has 1 to `max_length` characters and is no reserved text.
     """
 
     def __init__(
@@ -434,14 +462,15 @@ class PhraseSampler:
         *,
         random_share: float = 0.15,
         rare_share: float = 0.0,
+        latin_share: float = 0.0,
         max_length: int = MAX_LENGTH,
         words: str = "auto",
     ):
-        for share in (random_share, rare_share):
+        for share in (random_share, rare_share, latin_share):
             if not 0 <= share <= 1:
-                raise ValueError(f"random_share and rare_share are shares of the phrases, 0 to 1, not {share}")
+                raise ValueError(f"random, rare and Latin shares are shares of the phrases, 0 to 1, not {share}")
         self.alphabet, self.max_length = alphabet, max_length
-        self.random_share, self.rare_share = random_share, rare_share
+        self.random_share, self.rare_share, self.latin_share = random_share, rare_share, latin_share
         self.lists, shares = read_phrases()
         if "国" not in alphabet:  # an alphabet without hanzi writes English and codes
             shares = {"english": 40.0, "code": 60.0}
@@ -476,7 +505,9 @@ class PhraseSampler:
     def sample(self, rng: np.random.Generator) -> str:
         """One phrase."""
         for _ in range(1000):
-            if self.rare_share and rng.random() < self.rare_share:
+            if self.latin_share and rng.random() < self.latin_share:
+                text = self._latin(rng)
+            elif self.rare_share and rng.random() < self.rare_share:
                 text = "".join(self._word_with(_pick(rng, self._letters), rng) for _ in range(rng.integers(1, 4)))
             elif rng.random() < self.random_share:
                 text = "".join(_pick(rng, self._letters) for _ in range(rng.integers(1, 9)))
@@ -491,6 +522,18 @@ class PhraseSampler:
             if self._writable(text) and not is_reserved(text):
                 return text
         raise ValueError(f"{self.alphabet} can write none of 1000 phrases")
+
+    def _latin(self, rng: np.random.Generator) -> str:
+        """One to four words in the ways that signs, brands, books and tickets write them."""
+        words, after = latin_words()
+        count = int(rng.choice([1, 2, 3, 4], p=[0.6, 0.2, 0.12, 0.08]))
+        chosen = [_made_up(after, rng) if rng.random() < 0.35 else _pick(rng, words) for _ in range(count)]
+        case = _pick(rng, (str.upper, str.upper, str.title, str.title, str.capitalize, str.lower))
+        text = _pick(rng, (" ", " ", " ", "", "-", "&", " & ", "/")).join(case(word) for word in chosen)
+        if rng.random() < 0.12:
+            year, part, price = rng.integers(1, 2030), rng.integers(1, 100), rng.uniform(0, 100)
+            text += _pick(rng, ("'s", ".", ",", ":", "!", "?", f" {year}", f" {part}%", f" ${price:.2f}"))
+        return text[: self.max_length].strip()
 
     def _writable(self, text: str) -> bool:
         return 0 < len(text) <= self.max_length and text == text.strip() and all(c in self.alphabet for c in text)
@@ -513,13 +556,17 @@ HEIGHT = 128  # pixels; height of every rendered line
 FONT_SIZE = 112  # pixels; glyphs are drawn once at this size and warped to their place
 
 
-def draw_mask(text: str, font: Font, spacing: float = 0.0) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+def draw_mask(
+    text: str, font: Font, spacing: float | Sequence[float] = 0.0
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
     """The ink of a text: mask `(h, w)` uint8, boxes `(n, 4)` of the characters' ink in it, and the rows of the line.
 
     The rows reach from the top of a tall character to the baseline at least, so that a lone dash is not blown up.
+    `spacing`, in font sizes, is added behind every character; a sequence has one for each.
     """
     pillow = font.pillow(FONT_SIZE)
-    starts = [pillow.getlength(text[:i]) + i * spacing * FONT_SIZE for i in range(len(text) + 1)]  # kerning included
+    added = np.cumsum([0.0, *np.broadcast_to(spacing, len(text))]) * FONT_SIZE
+    starts = [pillow.getlength(text[:i]) + added[i] for i in range(len(text) + 1)]  # kerning included
     pad, baseline = FONT_SIZE, 2 * FONT_SIZE
     mask = np.zeros((3 * FONT_SIZE, math.ceil(starts[-1]) + 2 * pad), dtype=np.uint8)
     boxes = np.zeros((len(text), 4), dtype=np.float32)
@@ -751,9 +798,8 @@ def cut_photograph(path: str, size: tuple[int, int], contrast: float, rng: np.ra
     return piece * np.float32(min(1.0, contrast / max(1e-3, float(piece.std()))))
 
 
-def compose(layers: dict[str, np.ndarray], style: LineStyle, rng: np.random.Generator) -> np.ndarray:
-    """Background, shadow, outline and text, one over the other. (128, w, 3) uint8"""
-    height, width = layers["text"].shape
+def paint_ground(height: int, width: int, style: LineStyle, rng: np.random.Generator) -> np.ndarray:
+    """What lies under the text. (height, width, 3) float32, 0 to 255 and a little beyond"""
     x, y = np.linspace(-0.5, 0.5, width, dtype=np.float32), np.linspace(-0.5, 0.5, height, dtype=np.float32)
     image = np.empty((height, width, 3), dtype=np.float32)
     image[:] = style.background
@@ -765,9 +811,15 @@ def compose(layers: dict[str, np.ndarray], style: LineStyle, rng: np.random.Gene
     if style.texture:
         blotches = _smooth_field(height, width, rng.uniform(2, 24), rng, channels=int(rng.choice([1, 3])))
         image += style.texture * blotches
+    return image
+
+
+def paint_ink(image: np.ndarray, layers: dict[str, np.ndarray], style: LineStyle) -> None:
+    """Shadow, outline and text over an image `(h, w, 3)` float32, in place. `layers`: masks `(h, w)` uint8 by name."""
+    height, width = layers["text"].shape
     ink = np.float32(style.color)
     if any(style.fade):
-        ink = ink + y[:, None, None] * np.float32(style.fade)
+        ink = ink + np.linspace(-0.5, 0.5, height, dtype=np.float32)[:, None, None] * np.float32(style.fade)
     if any(style.shadow):
         shift = np.float32([[1, 0, style.shadow[0] * height], [0, 1, style.shadow[1] * height]])
         shadow = cv2.GaussianBlur(cv2.warpAffine(layers["text"], shift, (width, height)), (0, 0), 1.5)
@@ -776,25 +828,52 @@ def compose(layers: dict[str, np.ndarray], style: LineStyle, rng: np.random.Gene
         if name in layers:
             alpha = layers[name][..., None] * np.float32(1 / 255)
             image += alpha * (color - image)
+
+
+def paint_light(image: np.ndarray, style: LineStyle, rng: np.random.Generator) -> np.ndarray:
+    """Uneven light and grain over an image `(h, w, 3)` float32, which then becomes uint8."""
+    height, width = image.shape[:2]
     if style.shading:
         image *= 1 + style.shading * np.clip(_smooth_field(height, width, 1, rng), -1, 1)
     if style.grain:
         image += style.grain * rng.standard_normal((height, width, 1), dtype=np.float32)
     return cv2.convertScaleAbs(np.maximum(image, 0, out=image))  # rounds, and cuts at 255
 
+
+def compose(layers: dict[str, np.ndarray], style: LineStyle, rng: np.random.Generator) -> np.ndarray:
+    """Ground, shadow, outline, text and light, one over the other. (128, w, 3) uint8"""
+    image = paint_ground(*layers["text"].shape, style, rng)
+    paint_ink(image, layers, style)
+    return paint_light(image, style, rng)
+
 # %% ../notebooks/01_text_lines.ipynb #04227e0d
+BAND_COLUMNS = 16  # places along the width at which the top and the bottom of a line are known
+
+
+def band_of(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+    """Where a line runs: its top and bottom at `BAND_COLUMNS` places, as shares of the height, (16, 2) float32.
+
+    `top` and `bottom` (m, 2): points of both edges from left to right, as shares of width and height. -1 where the
+    line is not; what lies outside the picture is cut at -0.5 and 1.5.
+    """
+    x = (np.arange(BAND_COLUMNS) + 0.5) / BAND_COLUMNS
+    band = np.stack([np.interp(x, *edge.T, left=np.nan, right=np.nan) for edge in (top, bottom)], axis=1)
+    return np.where(np.isnan(band).any(1, keepdims=True), -1, np.clip(band, -0.5, 1.5)).astype(np.float32)
+
+
+def sagged(x: np.ndarray, ends: tuple[float, float], curve: float) -> np.ndarray:
+    """By how many pixels of the mask an arc between two ends lowers the places `x`: most in the middle."""
+    across = np.clip((x - ends[0]) / max(1.0, ends[1] - ends[0]), 0, 1)
+    return (curve * FONT_SIZE * (4 * across * (1 - across) - 0.5)).astype(np.float32)
+
+
 def bend(mask: np.ndarray, boxes: np.ndarray, rows: tuple[int, int], curve: float) -> tuple:
     """Put a mask of `draw_mask` on an arc whose middle lies `curve` font sizes below its ends: mask, boxes, rows."""
-    left, right = boxes[:, 0].min(), boxes[:, 2].max()
-
-    def lowered(x: np.ndarray) -> np.ndarray:
-        across = np.clip((x - left) / max(1.0, right - left), 0, 1)
-        return (curve * FONT_SIZE * (4 * across * (1 - across) - 0.5)).astype(np.float32)
-
+    ends = boxes[:, 0].min(), boxes[:, 2].max()
     height, width = mask.shape
     x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
-    mask = cv2.remap(mask, x, y - lowered(x[:1]), cv2.INTER_LINEAR)
-    sides = np.stack([lowered(boxes[:, column]) for column in (0, 2)])
+    mask = cv2.remap(mask, x, y - sagged(x[:1], ends, curve), cv2.INTER_LINEAR)
+    sides = np.stack([sagged(boxes[:, column], ends, curve) for column in (0, 2)])
     boxes = boxes.copy()
     boxes[:, 1] += sides.min(0)
     boxes[:, 3] += sides.max(0)
@@ -810,6 +889,7 @@ class RenderedLine:
     text: str
     centers: np.ndarray  # (len(text),) float32: the middle of each character
     boxes: np.ndarray  # (len(text), 4) float32: left, top, right, bottom of each character's ink
+    band: np.ndarray  # (16, 2) float32: where the line runs, as `band_of` has it
     style: LineStyle
 
 # %% ../notebooks/01_text_lines.ipynb #1410123a
@@ -852,6 +932,9 @@ class LineRenderer:
         if not style.font.covers(text):
             raise ValueError(f"{style.font.name} does not hold all characters of {text!r}")
         mask, boxes, rows = draw_mask(text, style.font, style.spacing)
+        ends = boxes[:, 0].min(), boxes[:, 2].max()
+        along = np.linspace(*ends, 33)
+        edges = [row + sagged(along, ends, style.curve) * bool(style.curve) for row in rows]
         if style.curve:
             mask, boxes, rows = bend(mask, boxes, rows, style.curve)
         grow = style.bold + style.outline
@@ -864,11 +947,14 @@ class LineRenderer:
             layers["outline"] = cv2.dilate(layers["text"], _ellipse(style.outline))
         layers = {name: cv2.warpPerspective(layer, warp, (width, HEIGHT)) for name, layer in layers.items()}
         image = compose(layers, style, rng)
+        edges = [np.float32(np.stack([along * shrunk, edge], 1)[None]) for edge in edges]
+        edges = [cv2.perspectiveTransform(edge, warp)[0] / np.float32([width, HEIGHT]) for edge in edges]
         boxes[:, [0, 2]] *= shrunk
         quads = boxes[:, [[0, 1], [2, 1], [2, 3], [0, 3]]]  # (n, 4, 2)
         quads = cv2.perspectiveTransform(quads, warp) / np.float32([width, HEIGHT])
         boxes = np.clip(np.concatenate([quads.min(1), quads.max(1)], axis=1), 0, 1).astype(np.float32)
-        return RenderedLine(image, text, quads[:, :, 0].mean(1).clip(0, 1).astype(np.float32), boxes, style)
+        centers = quads[:, :, 0].mean(1).clip(0, 1).astype(np.float32)
+        return RenderedLine(image, text, centers, boxes, band_of(*edges), style)
 
 # %% ../notebooks/01_text_lines.ipynb #9338b672
 def contact_sheet(images: Sequence[np.ndarray], *, columns: int = 3, height: int = 48, gap: int = 4) -> np.ndarray:

@@ -85,7 +85,7 @@ from difftsr.sampling import sample
 from difftsr.text_lines import find_fonts
 from difftsr.watch import live
 
-set_matplotlib_formats("jpeg", pil_kwargs={"quality": 70})  # noise as PNG would make a heavy notebook
+set_matplotlib_formats("jpeg", pil_kwargs={"quality": 60})  # noise as PNG would make a heavy notebook
 
 # %% [markdown]
 # Four letters are enough for the tour; every other word and symbol is in the [glossary](GLOSSARY.md).
@@ -355,14 +355,15 @@ BOXES = [  # module, lesson, what the box says; left, bottom and width in the un
     ("gate", "11b", "gate", 7.25, 2.1, 1.4),
     ("certainty", "11d", "certainty", 7.25, 1.4, 1.4),
     ("", "", "sharp line,\nits text", 9.2, 2.1, 1.1),
-    ("text_lines", "01", "lines", 0.15, 0.6, 0.8),
-    ("degradation", "02", "degradation", 1.2, 0.6, 1.35),
-    ("dataset", "03", "dataset", 2.8, 0.6, 1.05),
-    ("cleaning", "03b", "cleaning", 4.1, 0.6, 1.15),
-    ("sets", "03c", "sets", 5.5, 0.6, 0.8),
-    ("train", "13", "training", 6.55, 0.6, 1.05),
-    ("runs", "12e", "runs", 7.85, 0.6, 0.85),
-    ("exercises", "00b", "exercises", 8.95, 0.6, 1.35),
+    ("text_lines", "01", "lines", 0.15, 0.6, 0.6),
+    ("surroundings", "01b", "surroundings", 0.95, 0.6, 1.35),
+    ("degradation", "02", "degradation", 2.5, 0.6, 1.2),
+    ("dataset", "03", "dataset", 3.9, 0.6, 0.9),
+    ("cleaning", "03b", "cleaning", 5.0, 0.6, 0.95),
+    ("sets", "03c", "sets", 6.15, 0.6, 0.6),
+    ("train", "13", "training", 6.95, 0.6, 0.9),
+    ("runs", "12e", "runs", 8.05, 0.6, 0.65),
+    ("exercises", "00b", "exercises", 9.0, 0.6, 1.3),
     ("restorers", "14b", "restorers", 0.15, 0.0, 1.35),
     ("measures", "14", "measures", 1.8, 0.0, 1.3),
     ("scores", "14c", "scores", 3.4, 0.0, 1.15),
@@ -384,7 +385,8 @@ ARROWS = [  # from, to, what goes along; the last field draws it: one way, both 
     ("VAE decoder", "gate", "", "->"),
     ("certainty", "gate", "", "->"),
     ("gate", "sharp line,\nits text", "", "->"),
-    ("lines", "degradation", "", "->"),
+    ("lines", "surroundings", "", "->"),
+    ("surroundings", "degradation", "", "->"),
     ("degradation", "dataset", "", "->"),
     ("dataset", "cleaning", "", "->"),
     ("cleaning", "sets", "", "->"),

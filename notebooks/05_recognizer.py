@@ -103,7 +103,7 @@ from difftsr.text_lines import LineRenderer, LineStyle, data_folder, find_fonts,
 torch.set_num_threads(min(2, torch.get_num_threads()))
 plt.rcParams.update({"figure.dpi": 80, "font.size": 9, "image.cmap": "gray"})
 
-set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
+set_matplotlib_formats("jpeg", pil_kwargs={"quality": 60})
 
 # %% [markdown]
 # The symbols of this lesson; all others are in the [glossary](GLOSSARY.md).
@@ -376,6 +376,7 @@ class RecognizerConfig:
     feedforward: int = 768
     dropout: float = 0.0
     character_dim: int = 128  # size of the character vectors that input and classifier share
+    finder: int = 0  # channels of the network that finds the line in the picture; 0: the whole picture is read
     start: int = PAD  # class that begins a text
     end: int = PAD  # class that ends it
 
@@ -516,6 +517,63 @@ assert moved[..., 8:-8].allclose(columns.roll(1, dims=-1)[..., 8:-8], atol=1e-5)
 #
 # The published encoder is the same idea, larger: 16 residual blocks, 512 channels, and a map of 2 x 16 cells. Our
 # module has its key names, which are why its parts are named as they are. Skip it on a first reading.
+
+# %% [markdown]
+# ### Find the line, then read it
+#
+# A picture of a line is seldom all line. There may be room above it, a border, pieces of other lines, and the line
+# itself may hang at a slant. Of the 32 rows that the encoder sees, a line with as much room above and below as it is
+# high gets eleven: too few for 醉. So a small network looks first, and says where the line's top and bottom are at 16
+# places along the width; the picture is then *straightened*: every column is moved and stretched until the line fills
+# the height (a spatial transformer, arXiv 1506.02025, that moves pixels up and down alone). Columns stay where they
+# are, so all that is known of places along the line stays true.
+#
+# It learns from the renderer, which knows where it wrote; and from the reading itself, because sampling is
+# differentiable. A new one sees the whole picture.
+
+# %%
+#| export
+class LineFinder(nn.Module):
+    """Where the line is: (B, 3, H, W) -> top and bottom of what is to be read at 16 places, shares of H, (B, 16, 2)."""
+
+    def __init__(self, channels: int, size: tuple[int, int] = (32, 128)):
+        super().__init__()
+        self.size = size
+        self.layers = nn.Sequential(
+            nn.PixelUnshuffle(2),  # (B, 12, 16, 64)
+            *conv_bn_relu(12, channels, 3),
+            *conv_bn_relu(channels, 2 * channels, 3, stride=2),  # 8, 32
+            ResidualBlock(2 * channels, 2 * channels),
+            *conv_bn_relu(2 * channels, 2 * channels, 3, stride=2),  # 4, 16
+            nn.Conv2d(2 * channels, 4 * channels, (4, 1), bias=False),  # 1, 16
+            nn.BatchNorm2d(4 * channels),
+            nn.ReLU(),
+            ResidualBlock(4 * channels, 4 * channels, (1, 5)),  # a line goes on where it was
+            ResidualBlock(4 * channels, 4 * channels, (1, 5)),
+        )
+        self.edges = nn.Conv2d(4 * channels, 2, 1)
+        nn.init.zeros_(self.edges.weight)
+        nn.init.zeros_(self.edges.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.interpolate(images.float(), self.size, mode="bilinear", antialias=True, align_corners=False)
+        middle, height = self.edges(self.layers(x)).squeeze(2).unbind(1)  # (B, 16) each
+        middle, half = 0.5 + middle, 0.5 * height.clamp(-2.3, 0.7).exp()
+        return torch.stack([middle - half, middle + half], -1)
+
+
+def straightened(images: Tensor, view: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images (B, 3, H, W) -> (B, 3, *size): of each column what lies between the edges of `view` (B, 16, 2)."""
+    rows, columns = 2 * size[0], size[1]  # twice as many rows are sampled and then averaged: a warp only samples
+    x = F.interpolate(images.float(), (images.shape[-2], columns), mode="bilinear", antialias=True, align_corners=False)
+    top, bottom = F.interpolate(view.float().transpose(1, 2), columns, mode="linear", align_corners=False).unbind(1)
+    down = (torch.arange(rows, device=x.device) + 0.5) / rows
+    y = top[:, None] + (bottom - top)[:, None] * down[:, None]  # (B, rows, columns)
+    across = ((torch.arange(columns, device=x.device) + 0.5) / columns).expand_as(y)
+    grid = 2 * torch.stack([across, y], -1) - 1
+    sampled = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return F.avg_pool2d(sampled, (2, 1))
+
 
 # %%
 #| export
@@ -875,6 +933,8 @@ class TransOCR(nn.Module):
     It holds batch norms: use it in `eval()` mode except where it is trained.
     """
 
+    begins_neutral = ("finder.",)  # weights of before it was there may come without
+
     def __init__(self, config: RecognizerConfig, glyphs: Tensor | None = None):
         super().__init__()
         self.config = c = config
@@ -886,6 +946,8 @@ class TransOCR(nn.Module):
             self.decoder = DecoderLayer(c)
             self.generator_word = WordClassifier(c.dim, c.num_classes)
         else:
+            if c.finder:
+                self.finder = LineFinder(c.finder)
             self.encoder = LineEncoder(c)
             self.embedding_word = CharacterEmbedding(c.num_classes, c.character_dim, glyphs)
             self.widen = nn.Linear(c.character_dim, c.dim)
@@ -904,9 +966,14 @@ class TransOCR(nn.Module):
 
     # --- the image ---
 
-    def features(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> feature map (B, C, h, w)."""
+    def features(self, images: Tensor, view: Tensor | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> feature map (B, C, h, w).
+
+        A network with a finder looks at the part of the height that it finds, or at a given `view` (B, 16, 2).
+        """
         c, low, high = self.config, *self.config.input_range
+        if c.finder:
+            images = straightened(images, self.finder(images) if view is None else view, c.size)
         x = images * ((high - low) / 2) + (high + low) / 2
         if x.shape[-2:] != c.size:
             smooth = dict(antialias=True, align_corners=False) if c.resize == "bilinear" else {}
@@ -1111,6 +1178,8 @@ class RecognizerTraining:
     look_weight: float = 0.3  # the decoder should look there when it writes it
     count_weight: float = 0.1  # the columns' running count should be right there, and at the end of the line
     token_noise: float = 0.1  # part of the fed-back characters replaced at random, so that the image counts more
+    find_weight: float = 0.5  # the finder should see the line where it is
+    told: float = 0.5  # part of the lines that are read where they are known to be, not where the finder sees them
 
 
 # %%
@@ -1173,6 +1242,40 @@ def look_loss(weights: Tensor, centers: Tensor, width: float = 1.0) -> Tensor:
 
 # %%
 #| export
+VIEW_MARGIN = 0.12  # of the height of a line, above and below it: what the reader is to see around it
+
+
+def find_loss(view: Tensor, band: Tensor) -> Tensor:
+    """How far the found edges (B, 16, 2) lie from those of the line, in heights of the line, where they are known."""
+    known = band[..., 0] > -1
+    target, height = _wanted(band)
+    return ((view - target).abs().mean(-1) / height)[known].mean()
+
+
+def _wanted(band: Tensor) -> tuple[Tensor, Tensor]:
+    """What the finder should see of a line (B, 16, 2), and the line's height (B, 16)."""
+    height = (band[..., 1] - band[..., 0]).clamp(min=0.1)
+    margin = VIEW_MARGIN * height
+    return torch.stack([band[..., 0] - margin, band[..., 1] + margin], -1), height
+
+
+def partly_told(view: Tensor, band: Tensor, part: float, generator: torch.Generator | None = None) -> Tensor:
+    """Views (B, 16, 2) of which a `part` is replaced by the truth, a little off: at first the finder sees nothing, and
+    later it is sometimes wrong. Beyond the ends of the line its last known edge counts."""
+    device = view.device if generator is None else generator.device
+    chosen = torch.rand(len(band), 1, 1, generator=generator, device=device).to(view.device) < part
+    shift = torch.randn(len(band), 1, 2, generator=generator, device=device).to(view.device) * 0.06
+    target, height = _wanted(band)
+    known = band[..., 0] > -1
+    columns = torch.arange(band.shape[1], device=band.device)
+    apart = (columns[:, None] - columns[None]).abs() + 1000 * ~known[:, None]  # (B, 16, 16): to each known column
+    nearest = apart.argmin(-1)
+    told = target.gather(1, nearest[..., None].expand_as(target)) + shift * height.gather(1, nearest)[..., None]
+    return torch.where(chosen & known.any(1)[:, None, None], told, view)
+
+
+# %%
+#| export
 def corrupted(inputs: Tensor, part: float, num_classes: int, generator: torch.Generator | None = None) -> Tensor:
     """Decoder inputs (B, n) with a random `part` of the characters replaced by random classes; START stays."""
     device = inputs.device if generator is None else generator.device
@@ -1214,12 +1317,18 @@ class RecognizerStage:
         low = round(len(tokens) * s.lr_fraction)
         images = torch.cat([batch["lr"][:low], batch["hr"][low:]])  # batches are shuffled, so any half will do
 
-        features, table = ocr.features(images), ocr.table()
+        table, parts, view = ocr.table(), {}, None
+        if ocr.config.finder:
+            view = ocr.finder(images)
+            if (batch["band"] > -1).any():
+                parts["find"] = s.find_weight, find_loss(view, batch["band"])
+                view = partly_told(view, batch["band"], s.told, generator)
+        features = ocr.features(images, view)
         inputs = corrupted(ocr.shifted(tokens), s.token_noise, ocr.config.num_classes, generator)
         hidden, weights, _ = ocr.decode(inputs, ocr.columns(features))
         counted = ocr.counted(tokens)
         logits, truth = ocr.generator_word(hidden[counted], table), tokens[counted]  # (characters and ENDs, K)
-        parts = {"text": (1.0, F.cross_entropy(logits, truth, label_smoothing=s.label_smoothing))}
+        parts["text"] = 1.0, F.cross_entropy(logits, truth, label_smoothing=s.label_smoothing)
         if not ocr.config.published:
             parts["ctc"] = s.ctc_weight, ctc_loss(ocr, features, tokens, table)
             parts["count"] = s.count_weight, count_loss(ocr, features, tokens, centers)

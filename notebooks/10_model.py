@@ -188,7 +188,7 @@ def classroom() -> ModelConfig:
     tdm = TDMConfig(classes, dim=192, columns=64, feature_channels=256, latent_shape=latent)
     unet = replace(idm.unet, in_channels=32, model_channels=24, channel_mult=(1, 2), groups=8)
     mom = MoMConfig(unet, text_encoder, latent_height=16, columns=64, tdm_dim=tdm.dim, num_classes=classes)
-    recognizer = RecognizerConfig(classes)
+    recognizer = RecognizerConfig(classes, finder=24)
     return ModelConfig("classroom", (128, 512), "classroom", VAEConfig.classroom(), recognizer, idm, tdm, mom, steps=20)
 
 
@@ -356,7 +356,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 def fill_network(network: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
     """Copy tensors into a network, strictly but for the shared glyphs; `ValueError` naming the file and the key."""
     own = network.state_dict()
-    missing = [key for key in own if key not in tensors and not is_glyphs(key)]
+    neutral = getattr(network, "begins_neutral", ())  # parts that change nothing before they are trained
+    missing = [key for key in own if key not in tensors and not is_glyphs(key) and not key.startswith(neutral)]
     unknown = [key for key in tensors if key not in own]
     shapes = [key for key in tensors if key in own and tensors[key].shape != own[key].shape]
     for keys, problem in ((missing, "lacks"), (unknown, "has an unknown"), (shapes, "has another shape of")):
