@@ -83,7 +83,7 @@ class RestoreConfig:
     animate: Literal["gif", "mp4"] | None = None
     """Make a film of both diffusions; it takes 20 steps from noise unless --steps says otherwise."""
     seed: int = 0
-    """Start of the random numbers: the same seed gives the same bytes."""
+    """Start of the random numbers: the same seed gives the same bytes on the same machine."""
     steps: int | None = None
     """Image steps; the number that the weights ask for by default. More are slower."""
     mode: Mode = "full"

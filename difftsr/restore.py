@@ -440,7 +440,8 @@ def restore(
     every z_t and c_t. do_no_harm: let the gate of lesson 11b put the input back where the restored line reads worse or
     does not match it (not with a known text). reader: who reads the input first, "own" or "ppocr" (PP-OCRv6 small,
     from the package rapidocr). Further settings go to `sample`.
-    The same seed on the same device gives the same bytes. Raises `ValueError` for what is no line of text.
+    The same seed gives the same bytes on the same machine, with the same versions and as many threads. Raises
+    `ValueError` for what is no line of text.
     """
     texts = None if text is None else [text]
     return restore_batch(

@@ -2099,9 +2099,10 @@ for name, way in ways.items():
 #   believes a wrong kernel; the answer is to draw kernels from wide families.
 # - BSRGAN shuffles the order of the damage; Real-ESRGAN applies the classic chain twice.
 # - JPEG loses by rounding; a soft rounding lets gradients pass.
-# - `degrade(image, rng, config)` gives a spoiled line, its pipeline and its scale. Same seed, same bytes. Strengths
-#   from `mild` to `severe` name how hard it is, at a mean distance of .06, .12, .16 and .2 from the sharp line; `paper`
-#   is the published mixture.
+# - `degrade(image, rng, config)` gives a spoiled line, its pipeline and its scale. Same seed, same bytes, on one machine
+#   (on another processor OpenCV rounds some pixels otherwise, and JPEG makes a few levels of it). Strengths from `mild`
+#   to `severe` name how hard it is, at a mean distance of .06, .12, .16 and .2 from the sharp line; `paper` is the
+#   published mixture.
 # - `degrade_batch` draws recipes and follows them for a whole batch on any device; `follow` replays a stored recipe.
 # - Twelve silent failures among forty pairs taught a filter to copy: trust in the middle pixel .99 instead of .73.
 #

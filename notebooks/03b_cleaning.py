@@ -99,7 +99,7 @@ set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
 
 # %%
 alphabet = Alphabet.classroom()
-fonts = find_fonts(package_font_folders())  # the pinned faces: the same pictures on every machine
+fonts = find_fonts(package_font_folders())  # the pinned faces: the same on every machine
 synthetic = SyntheticLines(alphabet, SIZES["classroom"], length=1000, seed=3, fonts=fonts, words="builtin")
 folder = Path(tempfile.mkdtemp())
 

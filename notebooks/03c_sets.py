@@ -203,8 +203,9 @@ _ = plt.axis("off")
 # line in four strengths. The texts stand in `data/eval/texts.tsv`; the phrase sampler of lesson 01 refuses them. The
 # four faces take turns, and so do the two pipelines. The severe range was set once, on `dev`: PP-OCRv4 reads .59 of
 # the characters of its bicubic enlargements (mild 1.00, medium .99, hard .95; on `test` .56, 1.00, .99, .95). `python
-# -m difftsr.dataset --eval FOLDER` writes both sets again where the four faces are installed, `sha256sum --check
-# SHA256SUMS` says whether a copy is whole.
+# -m difftsr.dataset --eval FOLDER` writes both sets again where the four faces are installed: the same texts and
+# looks, but another processor or another FreeType draws some pixels a little otherwise. So the sums are of the files
+# that come with the project: `sha256sum --check SHA256SUMS` says on every machine whether a copy of them is whole.
 
 # %%
 #| export

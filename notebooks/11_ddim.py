@@ -451,7 +451,7 @@ print("left of 0.5:", {eta: round(left_of_a_mistake(eta), 3) for eta in (0.0, 0.
 # %% [markdown]
 # The oracle itself corrects most of it, as a good denoiser does: .18 is left. With $\eta = 1$ fresh noise washes away
 # two thirds of that too. Our default is still $\eta = 0$: the noise at the start decides everything, and the same seed
-# gives the same bytes. (The released code uses $\eta = 0.2$ and no seed.)
+# gives the same bytes on the same machine. (The released code uses $\eta = 0.2$ and no seed.)
 #
 # ## 5. A solver of second order
 #

@@ -93,7 +93,7 @@ from difftsr.idm import IDM, IDMConfig
 from difftsr.text_lines import Alphabet, find_fonts, glyph_bitmaps, package_font_folders
 
 set_matplotlib_formats("jpeg", pil_kwargs={"quality": 70})
-torch.set_num_threads(1)  # the same sums in the same order on every machine
+torch.set_num_threads(1)  # the same sums in the same order, however many cores there are
 
 # %% [markdown]
 # A restoration of two hundred steps is two hundred calls of the largest network. This lesson trains for one or two. The

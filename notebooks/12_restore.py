@@ -416,8 +416,9 @@ assert pixels.shape == (128, 384, 3) and (pixels == [200, 0, 0]).all()  # red st
 #
 # `restore` is `sample` of lesson 11 with the two edges around it. Three settings deserve a word.
 #
-# - `seed`: a line's random numbers come from its seed alone, on the CPU. The same seed on the same device gives the
-#   same bytes, alone or in a batch.
+# - `seed`: a line's random numbers come from its seed alone, on the CPU. The same seed gives the same bytes on the same
+#   machine, with the same versions and as many threads. Another processor adds in another order: a few pixels differ by
+#   a grey level, and more only where two characters nearly tie. In a batch a line gets the noise that it gets alone.
 # - `candidates`: diffusion can try again. With `candidates=4` there are four attempts, and our own recogniser, which
 #   never saw the answer, says which one is the most legible: the mean log probability that it gives to the text the
 #   attempt was meant to show.
@@ -680,7 +681,8 @@ def restore(
     every z_t and c_t. do_no_harm: let the gate of lesson 11b put the input back where the restored line reads worse or
     does not match it (not with a known text). reader: who reads the input first, "own" or "ppocr" (PP-OCRv6 small,
     from the package rapidocr). Further settings go to `sample`.
-    The same seed on the same device gives the same bytes. Raises `ValueError` for what is no line of text.
+    The same seed gives the same bytes on the same machine, with the same versions and as many threads. Raises
+    `ValueError` for what is no line of text.
     """
     texts = None if text is None else [text]
     return restore_batch(
@@ -722,7 +724,7 @@ one = Image.open(samples / "lr" / "01.png")
 alone, again = (restore(model, one, steps=3, seed=5) for _ in range(2))
 told = restore(model, one, steps=3, seed=5, text=labels["01.png"])
 picked = restore(model, one, steps=3, seed=5, candidates=2)
-assert alone.image.tobytes() == again.image.tobytes()  # the same seed, the same bytes
+assert alone.image.tobytes() == again.image.tobytes()  # the same seed on the same machine: the same bytes
 assert told.text == labels["01.png"] and min(told.confidence) == 1.0
 assert picked.seed in (5, 6)
 print(f"width / height of the input {one.width / one.height:.2f}, of the result {alone.image.width / 128:.2f}")
@@ -752,7 +754,7 @@ if __name__ == "__main__" and "__file__" in globals():
 # - Look at an image file as it is: turn it, put it on white, scale 16 bits down, never unpack more than there is room
 #   for, and refuse what is no line with a sentence that helps.
 # - Stretch to the canvas, restore, undo the stretch; round.
-# - `restore` for one line, `restore_batch` for many. Same seed, same bytes.
+# - `restore` for one line, `restore_batch` for many. Same seed and machine, same bytes.
 #
 # ## Check yourself
 #
