@@ -79,7 +79,7 @@ def test_the_command_in_a_fresh_process(inputs, weights, tmp_path):
     words = [inputs, tmp_path / "nowhere.png", "--output", output, "--weights", weights, "--steps", 2]
     result = subprocess.run(
         [sys.executable, "-m", "difftsr.restore", *map(str, words)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 2, result.stderr
     errors = result.stderr.splitlines()
