@@ -74,14 +74,18 @@ where_it_sits("text_lines")
 
 # %%
 #| export
+import codecs
+import csv
 import functools
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
 import pkgutil
 import re
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -648,10 +652,57 @@ assert sum(shares.values()) == 100
 
 # %%
 #| export
-def read_table(path: str | Path) -> list[dict[str, str]]:
-    """Rows of a UTF-8 file with tab-separated columns named in its first line."""
-    header, *rows = (line.split("\t") for line in Path(path).read_text(encoding="utf-8").splitlines() if line)
-    return [dict(zip(header, row, strict=True)) for row in rows]
+def read_table(path: str | Path, *columns: str) -> list[dict[str, str]]:
+    """Rows of a table whose first row names the columns, which tabs, commas or semicolons part; blank rows are none.
+
+    UTF-8 or, with its mark, UTF-16: what editors and spreadsheets write. Names come in small letters, cells without
+    spaces around them. columns: those that each row must have; all, where none is named. Raises `ValueError` that names
+    the file and the row, and says what is wrong and what is allowed.
+    """
+    text = _decoded(path)
+    first = next(filter(str.strip, text.split("\n")), "")
+    mark = next((mark for mark in "\t,;" if mark in first), "\t")
+    quoting = csv.QUOTE_NONE if mark == "\t" else csv.QUOTE_MINIMAL  # between tabs a quotation mark is a character
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, quoting=quoting, skipinitialspace=True)
+    try:
+        numbered = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"{path}, row {reader.line_num}: no table ({error}); {ALLOWED_TABLE}") from None
+    (number, header), *rows = [(number, row) for number, row in numbered if any(row)] or [(1, [])]
+    header = [name.lower() for name in header]
+    if twice := [name for name in header if name and header.count(name) > 1]:
+        raise ValueError(f"{path}, row {number}: the column {twice[0]} stands there twice; {ALLOWED_TABLE}")
+    lacking = [name for name in columns if name not in header]
+    if lacking or not header:
+        raise ValueError(f"{path}, row {number}: no column {', '.join(lacking) or 'at all'}, only "
+                         f"{', '.join(header)[:80] or 'an empty file'}; {ALLOWED_TABLE}")  # fmt: skip
+    needed = 1 + max(header.index(name) for name in columns or header[-1:])
+    bad = [(number, row) for number, row in rows if len(row) < needed or any(row[len(header) :])]
+    if bad:
+        number, row = bad[0]
+        more = f" (and {len(bad) - 1} more rows like it)" if bad[1:] else ""
+        raise ValueError(f"{path}, row {number}: {len(row)} cells under {len(header)} columns "
+                         f"({', '.join(header)}){more}; {ALLOWED_TABLE}")  # fmt: skip
+    return [dict(zip(header, row + [""] * len(header))) for _, row in rows]
+
+
+ALLOWED_TABLE = "allowed: UTF-8, the columns named in the first row, one cell for each, with tabs or commas between"
+
+
+def _decoded(path: str | Path) -> str:
+    """The text of a table, its line ends as one kind."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file; a table is needed ({ALLOWED_TABLE})")
+    content = Path(path).read_bytes()
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if marked else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        row = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, row {row}: its bytes are no UTF-8 (perhaps GBK); {ALLOWED_TABLE}") from None
+    if "\0" in text:
+        raise ValueError(f"{path}, row 1: zero bytes, as in UTF-16 without its mark; {ALLOWED_TABLE}")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 @functools.lru_cache
@@ -1665,6 +1716,13 @@ def print_fonts(file=None) -> None:
         print("Files of npm packages are found where DIFFTSR_FONTS names their folder.", file=file)
 
 
+def any_console() -> None:
+    """For command lines: what the console's encoding lacks is printed as an escape from here on, and no error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     import tyro
 
@@ -1676,7 +1734,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show: int = 0  # print this many phrases
         seed: int = 0
 
-    options = tyro.cli(Options, args=arguments)
+    any_console()
+    options = tyro.cli(Options, args=arguments, prog="python -m difftsr.text_lines")
+    if not options.fonts and options.show < 1:
+        print("error: nothing to do: list the fonts with --fonts, or print phrases with --show 10", file=sys.stderr)
+        return 2
     if options.fonts:
         print_fonts()
     sampler, rng = PhraseSampler(Alphabet.classroom()), np.random.default_rng(options.seed)

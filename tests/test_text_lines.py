@@ -32,6 +32,7 @@ from difftsr.text_lines import (
     luminance,
     package_font_folders,
     read_phrases,
+    read_table,
     reserved_texts,
 )
 
@@ -384,3 +385,84 @@ def test_missing_fonts_are_named_with_what_brings_them(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "fonts-smiley-sans" in said and "DIFFTSR_FONTS" in said and "0 for evaluation" in said
     assert "Noto Sans SC                                 not found" not in said
+
+
+# Tables as people's editors and spreadsheets write them
+
+ROWS = [{"file": "0.png", "text": "停车"}, {"file": "1.png", "text": 'a "b", c'}]
+TAB = 'file\ttext\n0.png\t停车\n1.png\ta "b", c\n'
+GOOD_TABLES = {
+    "plain": TAB.encode(),
+    "byte order mark": TAB.encode("utf-8-sig"),
+    "Windows line ends": TAB.replace("\n", "\r\n").encode(),
+    "old Mac line ends": TAB.replace("\n", "\r").encode(),
+    "UTF-16 with its mark": TAB.encode("utf-16"),
+    "other capitals": TAB.replace("file\ttext", "File\tTEXT").encode(),
+    "blank rows": TAB.replace("\n", "\n  \n\t\n\n").encode(),
+    "a blank row first": b"\n" + TAB.encode(),
+    "spaces around": TAB.replace("\t", " \t ").encode(),
+    "an empty cell more": TAB.replace("停车\n", "停车\t\n").encode(),
+    "no last line end": TAB.rstrip("\n").encode(),
+    "commas": 'file,text\n0.png,停车\n1.png,"a ""b"", c"\n'.encode(),
+    "semicolons": 'file;text\n0.png;停车\n1.png;"a ""b"", c"\n'.encode(),
+}
+
+
+@pytest.mark.parametrize("how", GOOD_TABLES)
+def test_a_table_says_the_same_however_it_was_saved(how, tmp_path):
+    (tmp_path / "labels.tsv").write_bytes(GOOD_TABLES[how])
+    assert read_table(tmp_path / "labels.tsv", "file", "text") == ROWS
+
+
+def test_a_row_may_end_before_the_columns_that_nobody_needs(tmp_path):
+    (tmp_path / "t.tsv").write_text("file\ttext\tnote\n0.png\tA\n1.png\tB\tsoft\n", encoding="utf-8")
+    assert [row["note"] for row in read_table(tmp_path / "t.tsv", "file", "text")] == ["", "soft"]
+    with pytest.raises(ValueError, match="t.tsv, row 2: 2 cells under 3 columns"):
+        read_table(tmp_path / "t.tsv")
+
+
+def test_line_ends_of_other_scripts_are_no_row_ends(tmp_path):
+    (tmp_path / "t.tsv").write_text("text\na\u2028b\x0bc\x85d\n", encoding="utf-8")
+    assert read_table(tmp_path / "t.tsv") == [{"text": "a\u2028b\x0bc\x85d"}]
+
+
+BAD_TABLES = {
+    "GBK": (TAB.encode("gbk"), "row 2: its bytes are no UTF-8"),
+    "UTF-16 without its mark": (TAB.encode("utf-16-le"), "UTF-"),
+    "a cell too many": (TAB.replace("停车", "停\t车").encode(), r"row 2: 3 cells under 2 columns \(file, text\)"),
+    "a cell too few": (b"file\ttext\n0.png\tA\n\n1.png\n2.png\n", r"row 4: 1 cells .* \(and 1 more rows like it\)"),
+    "no names": ("0.png\t停车\n1.png\t北\n".encode(), "row 1: no column file, text, only 0.png, 停车"),
+    "another name": (b"file\tlabel\n0.png\tA\n", "row 1: no column text, only file, label"),
+    "a name twice": (b"file\ttext\tText\n0.png\tA\tB\n", "row 1: the column text stands there twice"),
+    "empty": (b"", "row 1: no column file, text, only an empty file"),
+}
+
+
+@pytest.mark.parametrize("how", BAD_TABLES)
+def test_what_is_no_table_is_refused_with_its_name_the_row_and_what_is_allowed(how, tmp_path):
+    content, reason = BAD_TABLES[how]
+    (tmp_path / "labels.tsv").write_bytes(content)
+    with pytest.raises(ValueError, match=reason) as error:
+        read_table(tmp_path / "labels.tsv", "file", "text")
+    said = str(error.value)
+    assert said.startswith(f"{tmp_path / 'labels.tsv'}, row ") and "\n" not in said and "allowed: UTF-8" in said
+
+
+def test_a_missing_table_is_named(tmp_path):
+    with pytest.raises(ValueError, match="nowhere.tsv: no such file"):
+        read_table(tmp_path / "nowhere.tsv")
+
+
+# The console
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "gbk", "ascii"])
+def test_phrases_are_printed_on_any_console(encoding):
+    command = [sys.executable, "-m", "difftsr.text_lines", "--show", "5", "--seed", "1"]
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert done.returncode == 0 and len(done.stdout.decode(encoding).splitlines()) == 5, done.stderr
+
+
+def test_a_command_with_nothing_to_do_says_so(capsys):
+    assert text_lines.main([]) == 2
+    assert "--fonts" in capsys.readouterr().err
