@@ -338,13 +338,20 @@ MIX: Mix = (0.50, 0.25, 0.15, 0.10)
 
 
 def similar_glyphs(embedding: CharacterEmbedding, count: int = 8) -> Tensor:
-    """For every class the `count` classes that look most like it, (K, count); PAD and UNK are like themselves."""
+    """For every class the `count` classes that look most like it, (K, count); PAD and UNK are like themselves.
+
+    Likeness is the correlation of two bitmaps, from numbers of pixels, which are whole: sums have no last bit in which
+    machines could differ. Of two classes that are equally like (it happens: E and 8 are to 5), the first comes first.
+    """
     bitmaps = unpack_bits(embedding.glyphs).float()  # (K, 576)
-    unit = F.normalize(bitmaps - bitmaps.mean(1, keepdim=True), dim=1)
-    likeness = unit @ unit.T
+    pixels, ink = bitmaps.shape[1], bitmaps.sum(1)
+    covariance = pixels * (bitmaps @ bitmaps.T) - ink[:, None] * ink
+    variance = ink * (pixels - ink)
+    likeness = covariance / (variance[:, None] * variance).sqrt().clamp(min=1)
     likeness.fill_diagonal_(-2)
     likeness[:, [PAD, UNK]] = -2
-    similar = likeness.topk(min(count, len(bitmaps) - 3), dim=1).indices
+    order = (2**22 * likeness).long() * len(bitmaps) - torch.arange(len(bitmaps), device=likeness.device)
+    similar = order.topk(min(count, len(bitmaps) - 3), dim=1).indices
     similar[[PAD, UNK]] = torch.tensor([[PAD], [UNK]], device=similar.device)
     return similar
 

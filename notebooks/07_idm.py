@@ -138,7 +138,7 @@ class AverageLatents(nn.Module):
 
 # %%
 alphabet, vae = Alphabet.tiny(), AverageLatents()
-fonts = find_fonts(package_font_folders())  # the pinned faces: the same pictures on every machine
+fonts = find_fonts(package_font_folders())  # the pinned faces: the same on every machine
 renderer, sampler = LineRenderer(fonts), PhraseSampler(alphabet)
 
 
@@ -513,7 +513,7 @@ for time in (200, 500, 800):
     z_t = alpha * z_0 + sigma * torch.randn(z_0.shape, generator=draw)
     frozen = torch.linalg.lstsq(torch.stack([z_t, z_lr], 1), z_0[:, None]).solution
     right, wrong = ((torch.stack([z_t, k * z_lr], 1) @ frozen - z_0[:, None]).square().mean() for k in (1, 1 / 5.5))
-    print(f"t = {time}: squared error {right:.3f}, with the condition 5.5 times too small {wrong:.3f}")
+    print(f"t = {time}: squared error {right:.2f}, with the condition 5.5 times too small {wrong:.2f}")
     assert wrong > right
 
 
@@ -684,8 +684,8 @@ def columns_of(centers: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
 # %%
 who, place, room = columns_of(torch.tensor([[0.15, 0.35, 0.75, -1.0]]), width=20)  # three characters, the last is wide
 print("character:", *who[0].tolist())
-print("place    :", *(f"{x:.1f}" for x in place[0].tolist()))
-print("room     :", *(f"{x:.1f}" for x in room[0].tolist()))
+print("place    :", *(f"{x:.2f}" for x in place[0].tolist()))
+print("room     :", *(f"{x:.2f}" for x in room[0].tolist()))
 assert who[0].unique().tolist() == [-1, 0, 1, 2]
 
 
@@ -856,13 +856,20 @@ MIX: Mix = (0.50, 0.25, 0.15, 0.10)
 
 
 def similar_glyphs(embedding: CharacterEmbedding, count: int = 8) -> Tensor:
-    """For every class the `count` classes that look most like it, (K, count); PAD and UNK are like themselves."""
+    """For every class the `count` classes that look most like it, (K, count); PAD and UNK are like themselves.
+
+    Likeness is the correlation of two bitmaps, from numbers of pixels, which are whole: sums have no last bit in which
+    machines could differ. Of two classes that are equally like (it happens: E and 8 are to 5), the first comes first.
+    """
     bitmaps = unpack_bits(embedding.glyphs).float()  # (K, 576)
-    unit = F.normalize(bitmaps - bitmaps.mean(1, keepdim=True), dim=1)
-    likeness = unit @ unit.T
+    pixels, ink = bitmaps.shape[1], bitmaps.sum(1)
+    covariance = pixels * (bitmaps @ bitmaps.T) - ink[:, None] * ink
+    variance = ink * (pixels - ink)
+    likeness = covariance / (variance[:, None] * variance).sqrt().clamp(min=1)
     likeness.fill_diagonal_(-2)
     likeness[:, [PAD, UNK]] = -2
-    similar = likeness.topk(min(count, len(bitmaps) - 3), dim=1).indices
+    order = (2**22 * likeness).long() * len(bitmaps) - torch.arange(len(bitmaps), device=likeness.device)
+    similar = order.topk(min(count, len(bitmaps) - 3), dim=1).indices
     similar[[PAD, UNK]] = torch.tensor([[PAD], [UNK]], device=similar.device)
     return similar
 
@@ -1292,10 +1299,10 @@ off = {name: (z.mean((2, 3)) - unseen["z_hr"].mean((2, 3))).abs().mean() for nam
 assert off["eps"] > 5 * off["v"] > 10 * off["residual"]
 
 # %% [markdown]
-# After forty steps `eps` has drawn coloured noise (5.7 dB, colours off by more than twice the spread of a latent). `v`
-# has found the line and nearly its colours, and has still much noise to lose. The residual has the colours of the input
-# from its first step on, since an untrained network says 0; it stands at 20.1 dB, a decibel *below* its input, and from
-# there it has only the strokes to learn.
+# After forty steps `eps` has drawn coloured noise, its colours off by more than twice the spread of a latent. `v` has
+# found the line and nearly its colours, and has still much noise to lose. The residual has the colours of the input
+# from its first step on, since an untrained network says 0; it stands a little *below* its input, and from there it has
+# only the strokes to learn.
 #
 # Nothing is wrong with `eps`. The published network learns it in some 400,000 steps on much larger hardware. But what
 # it learns last is the estimate of $z_0$ near $T$, where colours and layout are settled, because there its errors are
@@ -1375,7 +1382,7 @@ live(from_noise, t=widgets.IntSlider(300, 0, 999), line=widgets.IntSlider(0, 0, 
 # %% [markdown]
 # From $t = 50$ the answer is almost in the input. From $t = 999$ the noisy half is pure noise: this column is what the
 # network makes of the degraded line and the text alone. It has the right colours and less noise, but after so few steps
-# it is a little *further* from the truth than the degraded line (-0.7 dB); and however long one trains, where a network
+# it is a little *further* from the truth than the degraded line; and however long one trains, where a network
 # cannot know it paints the *mean* of what could be there, which looks blurred. The way out is to take many small steps
 # instead of one: decide the rough things first, look again, decide the finer ones. That is sampling (lesson 11).
 #
@@ -1424,8 +1431,8 @@ else:
 # - Noise of every level is **one formula**, $z_t = \alpha_t z_0 + \sigma_t \varepsilon$; three hundred small steps and
 #   one large one gave the same mean .44 and spread .98. The schedule is a table of $\bar\alpha$, and ours ends at zero.
 # - What the network says decides what its errors cost: under `eps` an error grows 102-fold at $t = 999$, under `v` and
-#   `residual` never. After forty steps of the same training they were at 5.7 dB (`eps`), 15.6 (`v`) and 20.1
-#   (residual), with colours off by 2.39, .15 and .02.
+#   `residual` never. After forty steps of the same training `eps` had no line yet, `v` was ten decibels nearer to the
+#   truth, and the residual some four or five more; the colours of `eps` were off by more than ten times those of `v`.
 # - The degraded line comes in by **concatenation**, in the units of $z_0$ (a condition 5.5 times too small makes the
 #   error at $t = 800$ nearly five times as large); the text by **cross-attention**, as expected characters with their
 #   confidence and place, and as a drawing.

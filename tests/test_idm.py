@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,8 @@ from difftsr.idm import (
     spread_times,
     text_conditions,
 )
-from difftsr.recognizer import CharacterEmbedding, Reading, RecognizerConfig, TransOCR
-from difftsr.text_lines import PAD, UNK
+from difftsr.recognizer import CharacterEmbedding, Reading, RecognizerConfig, TransOCR, unpack_bits
+from difftsr.text_lines import PAD, UNK, Alphabet, glyph_bitmaps
 from difftsr.vae import VAE, VAEConfig
 from parity_common import assert_close, load_fixture
 
@@ -264,6 +265,18 @@ def test_similar_glyphs_are_similar():
     assert (similar[2:] > UNK).all()
     itself = torch.arange(2, K)[:, None]
     assert ((similar[2:] - itself).abs() <= 4).all() and not (similar[2:] == itself).any()
+
+
+def test_of_glyphs_that_are_equally_similar_the_first_comes_first():
+    alphabet = Alphabet.tiny()
+    embedding = CharacterEmbedding(len(alphabet), 8, torch.as_tensor(glyph_bitmaps(alphabet)))
+    bitmaps = unpack_bits(embedding.glyphs).double().numpy()[2:]
+    likeness = np.corrcoef(bitmaps).round(9)
+    np.fill_diagonal(likeness, -2)
+    similar = similar_glyphs(embedding, 6)[2:].numpy() - 2
+    assert np.array_equal(similar, np.argsort(-likeness, axis=1, kind="stable")[:, :6])
+    five, eight, e = (alphabet.characters.index(c) for c in "58E")
+    assert likeness[five, eight] == likeness[five, e]  # else nothing would be tested
 
 
 # --- the model ---
