@@ -104,7 +104,7 @@ from difftsr.degradation import DegradationConfig
 from difftsr.text_lines import Alphabet, find_fonts, package_font_folders
 from difftsr.vae import random_crops  # defined further below
 
-torch.set_num_threads(1)  # the same sums in the same order on every machine
+torch.set_num_threads(1)  # the same sums in the same order, however many cores there are
 
 # %% [markdown]
 # ## Why fold an image at all
@@ -187,7 +187,7 @@ def generic_patches(count, seed):
 
 
 # %%
-fonts = find_fonts(package_font_folders(), training=False)  # the pinned fonts: the same lines on every machine
+fonts = find_fonts(package_font_folders(), training=False)  # the pinned fonts: the same on every machine
 
 
 def text_lines(count, seed, size=(64, 256)):
@@ -1268,8 +1268,8 @@ def total(kl: float, reference: bool) -> float:
     return loss.autoencoder(*pair, some, last_layer=None, step=0)[0].item()
 
 
-print(f"published, times the batch: {4 * total(1e-6, True):.5f}, ours with 1e-6 D = {1e-6 * D:.4f}: "
-      f"{total(1e-6 * D, False):.5f}")  # fmt: skip
+print(f"published, times the batch: {4 * total(1e-6, True):.4f}, ours with 1e-6 D = {1e-6 * D:.4f}: "
+      f"{total(1e-6 * D, False):.4f}")  # fmt: skip
 assert math.isclose(4 * total(1e-6, True), total(1e-6 * D, False), rel_tol=1e-5)
 
 # %% [markdown]
