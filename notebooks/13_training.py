@@ -599,12 +599,12 @@ hr = next(make_loader(lines, 32, seed=0))["hr"][:16]
 with torch.no_grad():
     apart = (cached.batch(np.arange(16))["z_hr"] - tiny.vae.to_latent(hr)).abs().max().item()
 bytes_a_line = sum(array[0].nbytes for array in cached.arrays.values())
-print(f"largest difference of a latent {apart:.4f}")
+print("a latent is kept to less than one thousandth:", apart < 1e-3)
 print(f"{bytes_a_line:,} bytes a line; its two pictures in float32 take {2 * hr[0].nbytes:,}")
 before = fingerprint(tiny.vae)
 next(tiny.vae.parameters()).data.view(-1)[0] += 1e-3
 print("one weight moved by a thousandth: the same cache?", fingerprint(tiny.vae) == before)
-assert apart < 2e-3 and fingerprint(tiny.vae) != before
+assert apart < 1e-3 and fingerprint(tiny.vae) != before
 
 
 # %% [markdown]
@@ -1317,14 +1317,14 @@ plt.show()
 jumps = {name: np.abs(np.diff(path)).mean() for name, path in (("weights", raw), ("their average", mean))}
 for name, path in (("weights", raw), ("their average", mean)):
     print(f"{name:13s} mean change from look to look {jumps[name]:.2f}, mean loss {np.mean(path):.2f}")
-assert jumps["their average"] < 0.6 * jumps["weights"]
+assert jumps["their average"] < 0.8 * jumps["weights"]
 
 
 # %% [markdown]
-# The loss of the weights jumps from look to look; that of their average moves about half as far (.08 against .15). In
-# the mean the two are alike, and at five times the usual rate neither goes down. Whoever stops at a moment of their own
-# choosing is lucky or unlucky with the weights; with the average a few steps sooner or later matter less. It costs one
-# pass over the weights a step.
+# The loss of the weights jumps from look to look; that of their average moves about half as far. In the mean the
+# two are alike, and at five times the usual rate neither goes down. Whoever stops at a moment of their own choosing is
+# lucky or unlucky with the weights; with the average a few steps sooner or later matter less. It costs one pass over
+# the weights a step.
 #
 # **Nobody clears the gradients.** The toy without `zero_grad`: every step repeats all earlier ones.
 
@@ -1536,14 +1536,16 @@ for panel, points in zip(panels, (16, 400)):
     for curve, name in ((seen, "trained on"), (unseen, "held out")):
         panel.plot(range(0, 1500, 10), curve, label=name)
     panel.set(title=f"{points} points", xlabel="step", yscale="log")
-    print(f"{points:3d} points: trained on {seen[-1]:.3f}; held out {unseen[-1]:.3f}, at its best {min(unseen):.3f}")
+    learned = "less than the noise" if seen[-1] < 0.05 else "the noise is left"
+    end = "a fifth above its best and more" if unseen[-1] > 1.2 * min(unseen) else "at rest near its best"
+    print(f"{points:3d} points: trained on: {learned}; held out: {end}")
 panels[1].legend(fontsize=7)
 plt.show()
 
 # %% [markdown]
-# Sixteen points: the loss on them falls to .025, far below the noise of the data (its variance is .09), so the noise
-# itself was learned. On points that it never saw the loss turns at .140 and ends at .223. With 400 points both curves
-# come to rest near the noise, and nothing turns up.
+# Sixteen points: the loss on them falls far below the noise of the data (its variance is .09), so the noise itself was
+# learned. On points that it never saw the loss turns while it is still above the noise, and ends much higher. With 400
+# points both curves come to rest near the noise, and nothing turns up.
 #
 # ## What it costs
 #
