@@ -445,7 +445,7 @@ def left_of_a_mistake(eta, mistake=0.5):
     return float(means[1] - means[0])
 
 
-print("left of 0.5:", {eta: round(left_of_a_mistake(eta), 3) for eta in (0.0, 0.5, 1.0)})
+print("left of 0.5:", {eta: round(left_of_a_mistake(eta), 2) for eta in (0.0, 0.5, 1.0)})
 
 
 # %% [markdown]
