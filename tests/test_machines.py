@@ -26,15 +26,16 @@ ZONE = "import time\nprint(time.timezone)"
 SEEDED = "print(len({'a', 'b'}), sorted({'a', 'b'}))"
 ORDER = "print([hash(str(k)) % 7 for k in range(9)])"
 IGNORED = "# NBVAL_IGNORE_OUTPUT\nimport os\nprint(os.environ.get('TZ'))"
+CELLS = (STABLE, ZONE, SEEDED, ORDER, IGNORED)
 
 
-def tiny_project(folder: Path, environment: dict[str, str]) -> Path:
+def tiny_project(folder: Path, environment: dict[str, str], sources: tuple[str, ...] = CELLS) -> Path:
     """A clone with one lesson, whose stored outputs are those of a run in this environment."""
     (folder / "notebooks").mkdir(parents=True)
     (folder / "tests").mkdir()
     shutil.copy(ROOT / "conftest.py", folder)
     shutil.copy(ROOT / "tests" / "nbval_sanitize.cfg", folder / "tests")
-    cells = [nbformat.v4.new_code_cell(source) for source in (STABLE, ZONE, SEEDED, ORDER, IGNORED)]
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
     notebook = nbformat.v4.new_notebook(cells=cells)
     for count, cell in enumerate(notebook.cells, start=1):
         shown = subprocess.run([sys.executable, "-c", cell.source], env=environment, capture_output=True, text=True)
@@ -58,6 +59,12 @@ def test_cells_that_hang_on_the_machine_are_found_and_no_others(tiny, monkeypatc
     found = machines.run(name, ["notebooks/01_tiny.ipynb"], root=tiny)
     assert {lesson: sorted(differ) for lesson, differ in found.items()} == {"01_tiny": cells}
     assert all("disagrees" in text or "mismatch" in text for text in found["01_tiny"].values())
+
+
+def test_a_kernel_that_dies_is_not_waited_for(tmp_path):
+    place = tiny_project(tmp_path / "clone", dict(os.environ), ("import os\nos._exit(1)", STABLE))
+    found = machines.run("native", ["notebooks/01_tiny.ipynb"], root=place)  # the limit of a cell is an hour
+    assert list(found["01_tiny"]) == [0]  # nbval expects nothing of the cells after it
 
 
 def in_process(code: str, names: str, tmp_path: Path) -> str:
