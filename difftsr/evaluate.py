@@ -20,6 +20,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .ablations import ablations, effects, plot_ablation
+from .dataset import labels_file
 from .measures import JUDGES, Judge, ned
 from .model import DiffTSR
 from difftsr.report import (
@@ -36,7 +37,7 @@ from difftsr.report import (
     summary,
     table,
 )
-from .restore import load_image, restore
+from .restore import restore
 from difftsr.restorers import (
     LabelledLine,
     Restored,
@@ -60,7 +61,7 @@ from difftsr.scores import (
     recall_figures,
     score,
 )
-from .text_lines import data_folder, write_atomically, write_json
+from .text_lines import any_console, data_folder, write_atomically, write_json
 
 # %% ../notebooks/14f_evaluate.ipynb #d64928ba
 @dataclass
@@ -94,11 +95,13 @@ def read_set(config: EvaluateConfig) -> tuple[list[LabelledLine], list[str]]:
     folder = config.set_folder()
     if config.texts is not None and config.texts < 1:
         raise ValueError(f"--texts must be at least 1, not {config.texts}")
-    if not (folder / "labels.tsv").is_file():
+    if labels_file(folder) is None:
         raise ValueError(f"{folder}: no set of lines; a folder with labels.tsv (columns file and text) is needed")
     lines, refused = [], []
     for line in labelled(folder):
         try:
+            if line.truth is None:
+                raise ValueError(f"{line.path}: its label is empty")
             line.image, line.target  # noqa: B018 (opened here, so that a bad picture is found before the work)
             lines.append(line)
         except ValueError as error:
@@ -290,13 +293,13 @@ def run_demo(config: EvaluateConfig) -> list[DemoRow]:
     """Restore every line of the demo; write images, gallery.png and report.json into `output`; print the table."""
     lines = demo_lines(config.images)
     judge = config.judges[0] if config.judges else "v6"
-    model, read = DiffTSR.from_pretrained(config.weights), JUDGES[judge]()
+    model, read = DiffTSR.from_pretrained(config.weights, device=config.torch_device()), JUDGES[judge]()
     output = config.output or Path("out/demo")
     output.mkdir(parents=True, exist_ok=True)
     rows, pictures = [], []
     for line in tqdm(lines, desc="restoring", unit="line"):
         try:
-            image = load_image(line.path)
+            image, sharp = line.image, line.target
             started = time.perf_counter()
             restored = restore(model, image, steps=config.steps, mode=config.mode, seed=config.seed)
             seconds = time.perf_counter() - started
@@ -310,8 +313,8 @@ def run_demo(config: EvaluateConfig) -> list[DemoRow]:
         )  # fmt: skip
         rows.append(row)
         save_picture(restored.image, output / f"{len(rows):02d}_{line.path.stem}.png")
-        sharp = Image.open(line.sharp).convert("RGB") if line.sharp else None
-        pictures.append([(Image.fromarray(image), before), (restored.image, after), (sharp, line.truth or "")])
+        truth = None if sharp is None else Image.fromarray(sharp)
+        pictures.append([(Image.fromarray(image), before), (restored.image, after), (truth, line.truth or "")])
     save_picture(gallery(pictures, ["input", "restored", "truth"]), output / "gallery.png")
     report = {
         "judge": read.name, "weights": config.weights, "mode": config.mode, "seed": config.seed,
@@ -351,6 +354,7 @@ def demo_table(rows: Sequence[DemoRow], judge: str) -> str:
 # %% ../notebooks/14f_evaluate.ipynb #943a4f3b
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m difftsr.evaluate`. Returns the exit status: 0, or 2 with one line on stderr for what is wrong."""
+    any_console()
     config = tyro.cli(EvaluateConfig, args=arguments, prog="python -m difftsr.evaluate")
     try:
         if config.images and not config.demo:

@@ -29,7 +29,7 @@ from .model import NETWORKS, DiffTSR, ModelConfig, preset
 from .mom import PublishedMoM, PublishedMoMConfig
 from .recognizer import RecognizerConfig, TransOCR
 from .tdm import PublishedTDM, PublishedTDMConfig
-from .text_lines import Alphabet
+from .text_lines import Alphabet, any_console
 from .unet import UNet, UNetConfig
 from .vae import VAE, VAEConfig
 
@@ -469,6 +469,7 @@ class ConvertConfig:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line `python -m difftsr.official`; returns the exit status: 0, or 2 where anything was wrong."""
+    any_console()
     config = tyro.cli(ConvertConfig, args=arguments, prog="python -m difftsr.official")
     try:
         model = assemble(
@@ -485,3 +486,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if lacking:
         print(f"note: {', '.join(lacking)} in these files; a restoration needs all of them", file=sys.stderr)
     return 0
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    raise SystemExit(main())

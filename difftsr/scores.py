@@ -72,7 +72,8 @@ def score(image: np.ndarray, line: LabelledLine, judges: dict[str, Judge], folde
         path = folder / "scores" / f"{fingerprint(image, line.target, line.truth, name, code)}.json"
         return json.loads(kept(path, lambda: json.dumps(make(), ensure_ascii=False).encode()))
 
-    code, scores, features = code_identity("measures"), {}, None
+    code = code_identity("scores", without=("restorers",))  # the pictures that a restorer makes are in the name anyway
+    scores, features = {}, None
     if line.target is not None:
         scores |= stored("pixels", lambda: pixel_scores(image, line.target))
         features = stored("features", lambda: set_features(image))

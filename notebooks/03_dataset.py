@@ -88,18 +88,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from tqdm.auto import tqdm
 
 from difftsr.degradation import DegradationConfig, degrade, to_canvas
 from difftsr.surroundings import WORLD, SceneRenderer, Surroundings
 from difftsr.text_lines import (
+    ALLOWED_TABLE,
     BAND_COLUMNS,
     MAX_LENGTH,
     VARIED,
@@ -108,6 +111,7 @@ from difftsr.text_lines import (
     LineRenderer,
     Looks,
     PhraseSampler,
+    any_console,
     find_fonts,
     read_table,
 )
@@ -120,7 +124,7 @@ import lmdb
 import matplotlib.pyplot as plt
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-from difftsr.text_lines import contact_sheet, package_font_folders
+from difftsr.text_lines import contact_sheet, data_folder, package_font_folders
 
 set_matplotlib_formats("jpeg", pil_kwargs={"quality": 60})
 
@@ -167,6 +171,7 @@ class Line:
     lr: np.ndarray | None = None  # (h', w', 3) uint8 RGB, of sources that hold real pairs
     centers: np.ndarray | None = None  # (len(text),) in [0, 1], where the source knows them
     band: np.ndarray | None = None  # (16, 2): top and bottom of the line as `band_of` has them, where it is known
+    digest: str = ""  # of the bytes that a source has stored: the same as long as the record is
 
 
 # %% [markdown]
@@ -595,7 +600,6 @@ print(len(pool), "lines:", pool.hr.shape, pool.lr.shape)
 print("files:", sorted(file.name for file in pool.path.iterdir()))
 assert np.prod(pool.hr.shape) + np.prod(pool.lr.shape) == 40 * (1 + 2) * 32 * 128 * 3
 
-
 # %% [markdown]
 # ## 4. Data of others
 #
@@ -604,16 +608,195 @@ assert np.prod(pool.hr.shape) + np.prod(pool.lr.shape) == 40 * (1 + 2) * 32 * 12
 # 24 characters; one horizontal line; 1 <= width / height <= 8; the two sides aligned.** Our reader checks the two rules
 # that a picture and its label can be checked for, and that the picture opens at all.
 
+# %% [markdown]
+# ### Any picture file
+#
+# Files in the wild hold more than three channels of 8 bits: palettes, transparency, 16 bits a channel, four printing
+# inks, or a note that the picture is to be turned before it is shown. Let us make one of each from a sample line, and
+# read them the naive way.
+
 # %%
 #| export
-def decode_image(data: bytes) -> np.ndarray:
-    """A picture file in memory as `(h, w, 3)` uint8 RGB; a `ValueError` if it is none or is cut off."""
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+MAX_PIXELS = 2**26  # 67 million: a page of A4 at 800 dots per inch; a small file can claim to hold far more
+TALL = 512  # pixels of height at which a line is read; what is taller is reduced on the way in
+
+# %%
+line = Image.open(data_folder() / "samples" / "lr" / "03.png").convert("RGB")
+
+
+def in_file(image, kind="PNG", **settings):
+    """The bytes of a file that holds the image."""
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **settings)
+    return buffer.getvalue()
+
+
+turned = Image.Exif()
+turned[0x0112] = 6  # "turn by 90 degrees clockwise to show me"
+clear = Image.new("RGBA", line.size)  # black ink; what is not ink is transparent, and stored as black too
+clear.putalpha(line.convert("L"))
+grey16 = Image.fromarray(np.asarray(line.convert("L")).astype(np.uint16) * 257)
+files = {
+    "grey, 16 bits": in_file(grey16),
+    "transparent": in_file(clear),
+    "turned": in_file(line.rotate(90, expand=True), "JPEG", exif=turned, quality=95),
+    "CMYK": in_file(line.convert("CMYK"), "TIFF"),
+}
+
+
+# %% [markdown]
+# The left column is `Image.open(file).convert("RGB")`. Sixteen bits are cut off at 255 and become a white picture;
+# what was transparent shows the colour that happened to be stored beneath it, here black on black; a photograph lies
+# on its side. The right column is the function that we export.
+
+# %%
+#| export
+def eight_bits(image: Image.Image) -> Image.Image:
+    """A grey picture of 16 or 32 bits a pixel in 8 bits: 65535 is white; in floats the brightest pixel is."""
+    top = 65535.0 if image.mode.startswith("I") else max(1.0, image.getextrema()[1])
+    grey = np.empty((image.height, image.width), np.uint8)
+    for first in range(0, image.height, 256):  # strip by strip: floats of a whole page would fill the memory
+        strip = np.asarray(image.crop((0, first, image.width, min(first + 256, image.height))), np.float64)
+        grey[first : first + 256] = np.clip(np.rint(strip / top * 255), 0, 255)
+    return Image.fromarray(grey)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as 8-bit RGB: camera rotation applied, transparency over white, 16 bits scaled down to 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = eight_bits(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    return image.convert("RGB")
+
+
+# %%
+fig, axes = plt.subplots(4, 2, figsize=(7, 5), dpi=50)
+for row, (name, content) in zip(axes, files.items()):
+    file = Image.open(io.BytesIO(content))
+    for ax, picture, how in zip(row, (file.convert("RGB"), to_rgb(file)), ("naive", "ours")):
+        ax.imshow(picture)
+        ax.set_title(f"{name}, {how}", fontsize=8)
+        ax.set_xticks([])
+        ax.set_yticks([])
+plt.tight_layout()
+plt.show()
+assert all(to_rgb(Image.open(io.BytesIO(content))).size == line.size for content in files.values())
+
+
+# %% [markdown]
+# What else goes wrong with files? They are missing, empty, cut off in the middle, or words under the name of a
+# picture. Some are traps: a PNG of 200 kB can hold 40,000 x 40,000 white pixels, which fill five gigabytes when they
+# are unpacked (a *decompression bomb*). The size stands in the first bytes of the file, so we look at it before
+# anything is unpacked. And a scan at 1,200 dots per inch is far larger than a canvas of 128 pixels in height: a JPEG
+# can be decoded at a half, a quarter or an eighth of its size (`draft`), and everything else is reduced as soon as it
+# is read. So the memory that a file takes has a limit, whatever the file.
+#
+# We keep what the result will need in order to look like its input: the size, the file format and the colour profile.
+# (A profile describes the colours of three channels; four printing inks have another one, so CMYK is converted by it
+# and the profile has done its work.)
+
+# %%
+#| export
+@dataclass
+class Picture:
+    """An image file as it was read, and what it takes to write a result of the same kind."""
+
+    pixels: np.ndarray  # uint8 RGB (h, w, 3), perhaps reduced
+    size: tuple[int, int]  # width and height in the file, seen upright
+    format: str = "PNG"  # as Pillow names it
+    profile: bytes | None = None  # the ICC colour profile of `pixels`; None is sRGB
+
+
+def in_profile(image: Image.Image) -> tuple[Image.Image, bytes | None]:
+    """The image, and its colour profile where it still holds for RGB; other inks and greys are turned into sRGB."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode in ("RGB", "RGBA", "P", "PA"):
+        return image, profile or None
     try:
-        return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
-    except Exception as error:  # Pillow raises many kinds of errors on damaged files
-        raise ValueError("its picture cannot be read") from error
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if image.mode in ("CMYK", "L"):
+            image = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):  # damaged, or of other channels: the colours as they are stored
+        pass
+    return image, None
 
 
+def decode(file: str | os.PathLike | BinaryIO, tall: int | None) -> Picture:
+    """Read an image. `tall`: reduce what is at least twice as high. Raises whatever Pillow does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Pillow remarks about odd files is nothing that a reader can act on
+        with Image.open(file) as image:
+            size, kind = image.size, image.format or "PNG"
+            factor = max(1, min(size) // tall) if tall else 1  # the height, also of a line on its side
+            if kind == "JPEG":
+                pages = max(factor, 2 if size[0] * size[1] > MAX_PIXELS else 1)
+                image.draft(None, (size[0] // pages, size[1] // pages))
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{size[0]} x {size[1]} pixels")
+            turn = image.getexif().get(0x0112, 1)
+            coloured, profile = in_profile(ImageOps.exif_transpose(image) if turn > 1 else image)
+            rgb = to_rgb(coloured)
+    factor = max(1, min(rgb.size) // tall) if tall else 1
+    rgb = rgb.reduce(factor) if factor > 1 else rgb
+    return Picture(np.asarray(rgb), size[::-1] if turn >= 5 else size, kind, profile)
+
+
+def read_picture(path: str | os.PathLike | BinaryIO, name: str | None = None, tall: int | None = None) -> Picture:
+    """An image file, whatever its mode, of at most `MAX_PIXELS` pixels; of an animation, the first picture.
+
+    Handles EXIF rotation, transparency (over white), palettes, grey, 16 bits and CMYK. path: or an open file. name:
+    how messages call it. tall: what is at least twice as high is reduced by a whole factor.
+    Raises `ValueError` naming the file where it is missing, empty, no image, broken or too large.
+    """
+    name = str(path) if name is None else name
+    if isinstance(path, (str, os.PathLike)):
+        if not Path(path).is_file():
+            raise ValueError(f"{name}: no such file; give an image ({', '.join(SUFFIXES)}) or a folder of images")
+        if Path(path).stat().st_size == 0:
+            raise ValueError(f"{name}: the file is empty; an image is needed ({', '.join(SUFFIXES)})")
+    try:
+        return decode(path, tall)
+    except UnidentifiedImageError:
+        raise ValueError(f"{name}: not an image; allowed: {', '.join(SUFFIXES)}") from None
+    except Image.DecompressionBombError:  # Pillow has a limit as well
+        raise ValueError(f"{name}: too large; at most {MAX_PIXELS // 10**6} million pixels are unpacked") from None
+    except PermissionError:
+        raise ValueError(f"{name}: no permission to read it") from None
+    except Exception as error:  # of a broken file, a decoder may raise anything
+        said = " ".join(str(error).split())
+        raise ValueError(f"{name}: the image cannot be decoded ({said}); a complete image file is needed") from None
+
+
+def read_line(content: bytes, name: str) -> np.ndarray:
+    """The picture file of one line, in memory, as uint8 RGB (h, w, 3): in training what it is in a restoration.
+
+    Raises the `ValueError` of `read_picture`, which names it.
+    """
+    return np.array(read_picture(io.BytesIO(content), name, tall=TALL).pixels)
+
+
+# %% [markdown]
+# Training, cleaning, evaluation and restoring all read by `read_picture`. With two readers a model learns from pictures
+# that nobody will ever show it: a phone's upside down, a scanner's all white.
+
+# %%
+for name, content in files.items():
+    seen = read_line(content, name)
+    print(f"{name:14} {seen.shape} {seen.dtype}, mean {seen.mean():.0f}")
+assert seen.shape == (line.height, line.width, 3)
+
+
+# %% [markdown]
+# ### Records of others
+
+# %%
+#| export
 def write_picture(path: Path, image: np.ndarray) -> None:
     """Writes a uint8 RGB picture without loss, as PNG or WebP by the ending of its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -650,7 +833,11 @@ def lmdb_environment(path: str):
     key = str(file.resolve()), file.stat().st_ino  # another file may have taken its place
     if _ENVIRONMENTS.get(key, (None,))[0] != os.getpid():
         _ENVIRONMENTS.pop(key, None)  # an environment must not be used across a fork: let go of the parent's
-        _ENVIRONMENTS[key] = os.getpid(), lmdb.open(path, readonly=True, lock=False, readahead=False, subdir=folder)
+        try:
+            opened = lmdb.open(path, readonly=True, lock=False, readahead=False, subdir=folder)
+        except lmdb.Error as error:
+            raise ValueError(f"{path} is no LMDB, or a damaged one ({error})") from None
+        _ENVIRONMENTS[key] = os.getpid(), opened
     return _ENVIRONMENTS[key][1]
 
 
@@ -677,36 +864,101 @@ class StoredLines(LineSource):
                 return line
             except ValueError as error:
                 self.errors[candidate] = str(error)
-                warnings.warn(f"{self.path}: record {candidate + 1} left out: {error}", stacklevel=2)
-        raise ValueError(f"{self.path} holds no good record")
+                warnings.warn(f"{self.path}: record {self.number(candidate)} left out: {error}", stacklevel=2)
+        first = min(self.errors, default=0)
+        said = f"; all {len(self.errors)} left out, record {self.number(first)}: {self.errors.get(first)}"
+        raise ValueError(f"{self.path} holds no good record{said if self.errors else ''}")
+
+    def text(self, index: int) -> str:
+        """What the label of record `index` says, without its picture; a `ValueError` if it cannot be read."""
+        raise NotImplementedError
+
+    def number(self, index: int) -> int:
+        """What messages call record `index`."""
+        return index + 1
+
+
+class BadLabel(ValueError):
+    """A label that cannot be read: training on what it might mean would teach nonsense."""
+
+
+def label_text(label: bytes) -> str:
+    """A stored label as text without spaces around it; `BadLabel` where its bytes are no UTF-8."""
+    try:
+        return label.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise BadLabel(f"its label is no UTF-8 ({label[:12]!r}; perhaps GBK)") from None
+
+
+def digest_of(*contents: bytes) -> str:
+    """Some stored bytes as 16 hexadecimal digits."""
+    return sha256(b"".join(sha256(content).digest() for content in contents)).hexdigest()[:16]
 
 
 class LmdbLines(StoredLines):
-    """Lines of an LMDB laid out like CTR: `num-samples`, and from 1 on `image-%09d` (a picture file), `label-%09d`.
+    """Lines of an LMDB: `num-samples`, and from 1 on `label-%09d` and a picture file `image-%09d`, as CTR has it.
 
-    The file is opened anew in every process.
+    Where there are `image_hr-%09d` and `image_lr-%09d` instead, as in TextZoom, they are real pairs. A set of another
+    layout, or one whose labels are mostly no UTF-8, is refused. The file is opened anew in every process.
     """
+
+    LAYOUTS = ((b"image-",), (b"image_hr-", b"image_lr-"))  # CTR, TextZoom: the sharp side first
 
     def __init__(self, path: str | Path, alphabet: Alphabet, size: tuple[int, int], **options):
         super().__init__(path, alphabet, size, **options)
-        count = self._read(b"num-samples")
-        if count is None:
-            raise ValueError(f"{path} has no key num-samples: not an LMDB of text lines")
+        count = self._read(b"num-samples") or b""
+        self.sides = next((sides for sides in self.LAYOUTS if all(map(self._keys, sides))), None)
+        if not count.isdigit() or self.sides is None or not self._keys(b"label-"):
+            raise ValueError(
+                f"{path}: an LMDB of another layout; its first keys are {', '.join(self._keys(b'')) or 'none'}; "
+                "allowed: num-samples, label-000000001 and either image-000000001 (as CTR) or image_hr-000000001 and "
+                "image_lr-000000001 (as TextZoom)"
+            )
         self.length = int(count)
+        looked = sorted({round(place) for place in np.linspace(0, self.length - 1, min(self.length, 32))})
+        bad = [index for index in looked if self._bad_label(index)]
+        if 2 * len(bad) > len(looked):
+            raise ValueError(f"{path}: {len(bad)} of {len(looked)} labels looked at are no UTF-8, that of record "
+                             f"{bad[0] + 1} first (perhaps GBK); allowed: UTF-8")  # fmt: skip
 
     def __len__(self) -> int:
         return self.length
 
     def raw(self, index: int) -> Line:
-        label, data = self._read(b"label-%09d" % (index + 1)), self._read(b"image-%09d" % (index + 1))
-        if label is None or data is None:
-            raise ValueError("it is missing")
-        image, text = decode_image(data), label.decode("utf-8", errors="replace").strip()
-        return Line(image, text, f"{self.path}#{index + 1}")
+        keys = [b"label-%09d" % (index + 1), *(side + b"%09d" % (index + 1) for side in self.sides)]
+        label, *contents = map(self._needed, keys)
+        text = label_text(label)
+        hr, *lr = (read_line(content, key.decode()) for key, content in zip(keys[1:], contents))
+        digest = digest_of(label, *contents)
+        return Line(hr, text, f"{self.path}#{index + 1}", lr=lr[0] if lr else None, digest=digest)
+
+    def text(self, index: int) -> str:
+        return label_text(self._needed(b"label-%09d" % (index + 1)))
+
+    def _bad_label(self, index: int) -> bool:
+        try:
+            label_text(self._read(b"label-%09d" % (index + 1)) or b"")
+        except BadLabel:
+            return True
+        return False
 
     def _read(self, key: bytes) -> bytes | None:
         with lmdb_environment(self.path).begin() as transaction:
             return transaction.get(key)
+
+    def _needed(self, key: bytes) -> bytes:
+        value = self._read(key)
+        if value is None:
+            raise ValueError(f"it is missing: there is no key {key.decode()}")
+        return value
+
+    def _keys(self, prefix: bytes) -> list[str]:
+        """The first five keys that begin so."""
+        with lmdb_environment(self.path).begin() as transaction:
+            cursor = transaction.cursor()
+            cursor.set_range(prefix)
+            keys = itertools.islice(cursor.iternext(values=False), 5)
+            return [key.decode("ascii", "backslashreplace")[:40] for key in keys if key.startswith(prefix)]
 
 
 # %% [markdown]
@@ -796,11 +1048,33 @@ assert len(said) == 2 and set(ctr.errors) == {2, 4} and texts[2] == texts[3] and
 # ### Real pairs
 #
 # The simplest layout for pairs that somebody has photographed: `hr/` and `lr/` with the same file names, and
-# `labels.tsv` with the columns `file` and `text`. The sample lines of this project, `data/samples`, are such a folder:
+# `labels.tsv` with the columns `file` and `text`. `read_table` of lesson 01 takes such a table from any editor, with a
+# byte order mark, with commas, in other capitals; what it cannot be sure of, it refuses by file and row. The sample lines of this project, `data/samples`, are such a folder:
 # twelve lines in the typefaces that training never sees.
 
 # %%
 #| export
+def labels_file(folder: str | Path) -> Path | None:
+    """The table of labels of a folder: `labels.tsv`, or `labels.csv`; None where there is none."""
+    return next((path for path in (Path(folder, f"labels.{kind}") for kind in ("tsv", "csv")) if path.is_file()), None)
+
+
+def read_labels(folder: str | Path) -> list[dict[str, str]]:
+    """The rows of a folder's table of labels, which must have the columns `file` (or `path`) and `text`.
+
+    Training, cleaning and evaluation all read labels by this. Raises the `ValueError` of `read_table`.
+    """
+    table = labels_file(folder)
+    if table is None:
+        raise ValueError(f"{folder}: there is no labels.tsv; allowed: a table with the columns file and text")
+    rows = read_table(table, "text")
+    for row in rows:
+        if "file" not in row and "path" not in row:
+            raise ValueError(f"{table}, row 1: no column file, only {', '.join(row)}; {ALLOWED_TABLE}")
+        row["file"] = (row.get("file") or row.get("path", "")).replace("\\", "/")  # as Windows writes folders
+    return rows
+
+
 class PairFolder(StoredLines):
     """Real pairs: `labels.tsv` with the columns `file` and `text`, and the pictures `lr/FILE` and `hr/FILE`.
 
@@ -809,24 +1083,23 @@ class PairFolder(StoredLines):
 
     def __init__(self, path: str | Path, alphabet: Alphabet, size: tuple[int, int], **options):
         super().__init__(path, alphabet, size, **options)
-        if not Path(path, "labels.tsv").is_file():
-            raise ValueError(f"{path} is no folder of pairs: there is no labels.tsv")
-        self.rows = read_table(Path(path, "labels.tsv"))
+        self.rows = read_labels(path)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def raw(self, index: int) -> Line:
         row = self.rows[index]
-        hr = self._open(Path(self.path, "hr", row.get("hr") or row["file"]))
-        lr = self._open(Path(self.path, "lr", row["file"]))
-        return Line(hr, row["text"], str(Path(self.path, "lr", row["file"])), lr=lr)
+        paths = [Path(self.path, "hr", row.get("hr") or row["file"]), Path(self.path, "lr", row["file"])]
+        for path in paths:
+            if not path.is_file():
+                raise ValueError(f"{path} does not exist")
+        contents = [path.read_bytes() for path in paths]
+        hr, lr = (read_line(content, str(path)) for path, content in zip(paths, contents))
+        return Line(hr, row["text"], str(paths[1]), lr=lr, digest=digest_of(row["text"].encode(), *contents))
 
-    @staticmethod
-    def _open(path: Path) -> np.ndarray:
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist")
-        return decode_image(path.read_bytes())
+    def text(self, index: int) -> str:
+        return self.rows[index]["text"]
 
 
 # %% [markdown]
@@ -912,10 +1185,10 @@ class ShardLines(LineSource):
 
     def decoded(self, sample: dict, draw: int) -> dict:
         """The record of a sample of webdataset, degraded for the `draw`-th time."""
-        described, hr = json.loads(sample["json"]), decode_image(sample["hr.png"])
-        lr = decode_image(sample["lr.png"]) if "lr.png" in sample else None
+        described, hr = json.loads(sample["json"]), read_line(sample["hr.png"], "hr.png")
+        lr = read_line(sample["lr.png"], "lr.png") if "lr.png" in sample else None
         centers = None if described["centers"] is None else np.array(described["centers"], np.float32)
-        line = Line(hr, sample["txt"].decode("utf-8"), described["origin"], lr, centers)
+        line = Line(hr, label_text(sample["txt"]), described["origin"], lr, centers)
         check_line(line.hr, line.text)
         return self._record(line, self._low_resolution(line, int(sample["__key__"]), draw))
 
@@ -1014,32 +1287,65 @@ for buffer in (4, 16):
 
 # %%
 #| export
-def read_index(path: str | Path) -> list[int]:
-    """The records of an index file that `difftsr.cleaning.clean` wrote; a `ValueError` where it is none."""
+class IndexRow(NamedTuple):
+    """A record that an index names, and what it was when the index was made."""
+
+    record: int
+    text: str
+    digest: str = ""  # of the stored bytes; empty in an index of before there were digests
+
+
+def read_index(path: str | Path) -> list[IndexRow]:
+    """The rows of an index file that `difftsr.cleaning.clean` wrote; a `ValueError` where it is none."""
     try:
-        return [int(row["record"]) for row in read_table(path)]
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is no index file: it needs the column record") from error
+        rows = read_table(path, "record", "text")
+        return [IndexRow(int(row["record"]), row["text"], row.get("digest", "")) for row in rows]
+    except ValueError as error:
+        raise ValueError(f"{path} is no index file ({error})") from error
 
 
-class Selected(LineSource):
-    """Some records of another source, in the order given."""
+class Selected(StoredLines):
+    """Some records of a source, in the order of an index, and no others: a good one of them stands in for a bad one.
 
-    def __init__(self, source: LineSource, records: Sequence[int]):
-        super().__init__(source.alphabet, source.size, degradation=source.degradation, identity=source.identity,
-                         seed=source.seed)  # fmt: skip
-        if any(not 0 <= record < len(source) for record in records):
-            raise ValueError(f"the index names records beyond the {len(source)} of its source")
-        self.source, self.records = source, list(records)
+    An index that no longer fits its source is refused: by the texts at once, by the pictures record for record.
+    """
+
+    def __init__(self, source: StoredLines, index: Sequence[IndexRow], name: str = "the index"):
+        settings = {name: getattr(source, name) for name in ("degradation", "identity", "seed")}
+        super().__init__(source.path, source.alphabet, source.size, **settings)
+        self.source, self.index = source, list(index)
+        if beyond := [row.record for row in index if not 0 <= row.record < len(source)]:
+            raise ValueError(f"{name} names record {beyond[0]}, beyond the {len(source)} of {source.path}; {self.ANEW}")
+        if changed := [row for row in index if self._says(row.record) != row.text]:
+            row, now = changed[0], self._says(changed[0].record)
+            raise ValueError(
+                f"{name} no longer fits {source.path}: record {row.record} says {now!r} there and {row.text!r} in the "
+                f"index ({len(changed)} of {len(index)} differ); {self.ANEW}"
+            )
+
+    ANEW = "make the index anew: python -m difftsr.dataset --clean"
+
+    def _says(self, record: int) -> str | None:
+        try:
+            return self.source.text(record)
+        except ValueError:
+            return None
 
     def __len__(self) -> int:
-        return len(self.records)
-
-    def line(self, index: int) -> Line:
-        return self.source.line(self.records[index])
+        return len(self.index)
 
     def raw(self, index: int) -> Line:
-        return self.source.raw(self.records[index])
+        row = self.index[index]
+        line = self.source.raw(row.record)
+        if row.digest and row.digest != line.digest:
+            raise ValueError(f"it is another picture than when its index was made; {self.ANEW}")
+        return line
+
+    def text(self, index: int) -> str:
+        return self.index[index].text
+
+    def number(self, index: int) -> int:
+        return self.source.number(self.index[index].record)
 
 
 # %% [markdown]
@@ -1047,6 +1353,15 @@ class Selected(LineSource):
 
 # %%
 #| export
+def split_index(path: str) -> tuple[str, str]:
+    """"PATH@INDEX" as its two parts. A path may hold an @ itself: what is there under its whole name has no index."""
+    marks = [place for place, character in enumerate(path) if character == "@"]
+    for place in (len(path), *reversed(marks)):
+        if Path(path[:place]).exists():
+            return path[:place], path[place + 1 :]
+    return path.partition("@")[::2]
+
+
 def open_source(
     name: str,
     alphabet: Alphabet,
@@ -1074,10 +1389,10 @@ def open_source(
             raise ValueError(f"{path} holds lines of (height, width) {tuple(pool.size)}, the model wants {tuple(size)}")
         return pool
     if kind in ("lmdb", "pairs", "shards") and path:
-        path, _, index = path.partition("@") if kind != "shards" else (path, "", "")
+        path, index = split_index(path) if kind != "shards" else (path, "")
         source = {"lmdb": LmdbLines, "pairs": PairFolder, "shards": ShardLines}[kind]
         opened = source(path, alphabet, size, seed=seed, degradation=degradation)
-        return Selected(opened, read_index(index)) if index else opened
+        return Selected(opened, read_index(index), index) if index else opened
     raise ValueError(f"unknown data {name!r}; allowed: synthetic, world, pool:PATH, lmdb:PATH, pairs:PATH, shards:PATH")
 
 
@@ -1200,6 +1515,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line `python -m difftsr.dataset` (lesson 03c); returns the exit status."""
     from difftsr.sets import main as command
 
+    any_console()
     return command(arguments)
 
 

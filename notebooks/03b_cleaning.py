@@ -82,7 +82,7 @@ import cv2
 import numpy as np
 from tqdm.auto import tqdm
 
-from difftsr.dataset import Line, LineSource, in_processes, write_picture
+from difftsr.dataset import BadLabel, Line, LineSource, in_processes, write_picture
 from difftsr.degradation import DegradationConfig, degrade
 from difftsr.text_lines import MAX_LENGTH, Alphabet, contact_sheet, write_atomically, write_json
 
@@ -386,10 +386,12 @@ class _Measure:
     def _measure(self, row: int) -> dict:
         try:
             line = self.source.raw(row)
-        except ValueError:
-            return {"record": row, "reason": "unreadable", "text": ""}
+        except ValueError as error:
+            reason = "label not UTF-8" if isinstance(error, BadLabel) else "unreadable"
+            return {"record": row, "reason": reason, "text": ""}
         height, width = line.hr.shape[:2]
         return {"record": row, "reason": fault(line, self.source.alphabet, self.rules), "text": line.text,
+                "digest": line.digest,
                 "height": height, "ratio": round(width / height, 3), "sharpness": round(sharpness(line.hr), 3),
                 "hash": picture_hash(line.hr), "lr_hash": 0 if line.lr is None else picture_hash(line.lr)}  # fmt: skip
 
@@ -451,7 +453,8 @@ def clean(
     mark_duplicates(rows)
     report = CleaningReport(rows)
     _write_report(report, source, index)
-    table = ["record\ttext", *(f"{row['record']}\t{row['text']}" for row in rows if row["reason"] is None)]
+    good = [row for row in rows if row["reason"] is None]
+    table = ["record\ttext\tdigest", *(f"{row['record']}\t{row['text']}\t{row['digest']}" for row in good)]
     write_atomically(index, ("\n".join(table) + "\n").encode())
     return report
 

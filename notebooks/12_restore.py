@@ -67,53 +67,50 @@ where_it_sits("restore")
 
 # %%
 #| export
-import io
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from functools import lru_cache
-from pathlib import Path
-from typing import BinaryIO, Literal, get_args
+from typing import Literal, get_args
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from difftsr.certainty import Evidence, confidence, gather
+from difftsr.dataset import TALL, read_picture, to_rgb
 from difftsr.degradation import to_canvas
 from difftsr.gate import GateConfig, Verdict, gate, same_light
 from difftsr.model import DiffTSR
 from difftsr.recognizer import Reading
 from difftsr.sampling import Mode, Sample, Step, sample, with_text
-from difftsr.text_lines import MAX_LENGTH, PAD, UNK, Alphabet, write_atomically  # noqa: F401, lesson 14 takes it here
+from difftsr.text_lines import MAX_LENGTH, PAD, UNK, Alphabet
 
 # %%
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from difftsr.model import has_weights, preset
 from difftsr.text_lines import UNKNOWN, data_folder, find_fonts, package_font_folders, read_table
 
-set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})  # noise as PNG would make a heavy notebook
+set_matplotlib_formats("jpeg", pil_kwargs={"quality": 60})  # noise as PNG would make a heavy notebook
 
 # %% [markdown]
 # ## 1. Any image file
 #
-# Everything so far assumed three 8-bit channels. Files in the wild also hold palettes, transparency, 16 bits a
-# channel, four printing inks, or a note that the picture is to be turned before it is shown. Let us make one of each
-# from a sample line, and read them the naive way.
+# `read_picture` of [lesson 03](03_dataset.ipynb) reads every kind of file, turned, transparent, of 16 bits or four inks,
+# and refuses traps before it unpacks them. Training reads its pictures by the same function, so what the networks are
+# shown here is what they have learned from.
 
 # %%
 #| export
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 RATIO = (1, 8)  # width / height of a line that the networks have seen
 MIN_SIDE = 4  # pixels
-MAX_PIXELS = 2**26  # 67 million: a page of A4 at 800 dots per inch; a small file can claim to hold far more
-TALL = 512  # pixels of height at which a line is read; what is taller is reduced on the way in
 
 # %%
 samples = data_folder() / "samples"
@@ -121,71 +118,8 @@ labels = {row["file"]: row["text"] for row in read_table(samples / "labels.tsv")
 line = Image.open(samples / "lr" / "03.png").convert("RGB")
 
 
-def in_memory(image, kind="PNG", **settings):
-    """What a reader gets who opens the image from a file."""
-    buffer = io.BytesIO()
-    image.save(buffer, format=kind, **settings)
-    return Image.open(buffer)
-
-
-turned = Image.Exif()
-turned[0x0112] = 6  # "turn by 90 degrees clockwise to show me"
-clear = Image.new("RGBA", line.size)  # black ink; what is not ink is transparent, and stored as black too
-clear.putalpha(line.convert("L"))
-grey16 = Image.fromarray(np.asarray(line.convert("L")).astype(np.uint16) * 257)
-files = {
-    "grey, 16 bits": in_memory(grey16),
-    "transparent": in_memory(clear),
-    "turned": in_memory(line.rotate(90, expand=True), "JPEG", exif=turned, quality=95),
-    "CMYK": in_memory(line.convert("CMYK"), "TIFF"),
-}
-
-
 # %% [markdown]
-# The left column is `Image.open(file).convert("RGB")`. Sixteen bits are cut off at 255 and become a white picture;
-# what was transparent shows the colour that happened to be stored beneath it, here black on black; a photograph lies
-# on its side. The right column is the function that we export.
-
-# %%
-#| export
-def eight_bits(image: Image.Image) -> Image.Image:
-    """A grey picture of 16 or 32 bits a pixel in 8 bits: 65535 is white; in floats the brightest pixel is."""
-    top = 65535.0 if image.mode.startswith("I") else max(1.0, image.getextrema()[1])
-    grey = np.empty((image.height, image.width), np.uint8)
-    for first in range(0, image.height, 256):  # strip by strip: floats of a whole page would fill the memory
-        strip = np.asarray(image.crop((0, first, image.width, min(first + 256, image.height))), np.float64)
-        grey[first : first + 256] = np.clip(np.rint(strip / top * 255), 0, 255)
-    return Image.fromarray(grey)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as 8-bit RGB: camera rotation applied, transparency over white, 16 bits scaled down to 8."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        image = eight_bits(image)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGB", image.size, "white")
-        white.paste(image, mask=image.getchannel("A"))
-        return white
-    return image.convert("RGB")
-
-
-# %%
-fig, axes = plt.subplots(4, 2, figsize=(7, 5), dpi=64)
-for row, (name, file) in zip(axes, files.items()):
-    for ax, picture, how in zip(row, (file.convert("RGB"), to_rgb(file)), ("naive", "ours")):
-        ax.imshow(picture)
-        ax.set_title(f"{name}, {how}", fontsize=8)
-        ax.set_xticks([])
-        ax.set_yticks([])
-plt.tight_layout()
-plt.show()
-assert all(to_rgb(file).size == line.size and to_rgb(file).mode == "RGB" for file in files.values())
-
-
-# %% [markdown]
-# A file may also be no line of text at all. The networks have seen lines that are one to eight times as wide as high;
+# A file may be no line of text at all. The networks have seen lines that are one to eight times as wide as high;
 # the rest is turned down, with a sentence that names the file, says what is wrong, and says what would be right.
 # (Lesson 12b cuts longer lines, and finds the lines of a whole page.)
 
@@ -211,90 +145,8 @@ def check_size(width: int, height: int) -> None:
         )
 
 
-# %% [markdown]
-# What else goes wrong with files? They are missing, empty, cut off in the middle, or words under the name of a
-# picture. Some are traps: a PNG of 200 kB can hold 40,000 x 40,000 white pixels, which fill five gigabytes when they
-# are unpacked (a *decompression bomb*). The size stands in the first bytes of the file, so we look at it before
-# anything is unpacked. And a scan at 1,200 dots per inch is far larger than a canvas of 128 pixels in height: a JPEG
-# can be decoded at a half, a quarter or an eighth of its size (`draft`), and everything else is reduced as soon as it
-# is read. So the memory that a file takes has a limit, whatever the file.
-#
-# We keep what the result will need in order to look like its input: the size, the file format and the colour profile.
-# (A profile describes the colours of three channels; four printing inks have another one, so CMYK is converted by it
-# and the profile has done its work.)
-
 # %%
 #| export
-@dataclass
-class Picture:
-    """An image file as it was read, and what it takes to write a result of the same kind."""
-
-    pixels: np.ndarray  # uint8 RGB (h, w, 3), perhaps reduced
-    size: tuple[int, int]  # width and height in the file, seen upright
-    format: str = "PNG"  # as Pillow names it
-    profile: bytes | None = None  # the ICC colour profile of `pixels`; None is sRGB
-
-
-def in_profile(image: Image.Image) -> tuple[Image.Image, bytes | None]:
-    """The image, and its colour profile where it still holds for RGB; other inks and greys are turned into sRGB."""
-    profile = image.info.get("icc_profile")
-    if not profile or image.mode in ("RGB", "RGBA", "P", "PA"):
-        return image, profile or None
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if image.mode in ("CMYK", "L"):
-            image = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError):  # damaged, or of other channels: the colours as they are stored
-        pass
-    return image, None
-
-
-def decode(file: str | os.PathLike | BinaryIO, tall: int | None) -> Picture:
-    """Read an image. `tall`: reduce what is at least twice as high. Raises whatever Pillow does."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what Pillow remarks about odd files is nothing that a reader can act on
-        with Image.open(file) as image:
-            size, kind = image.size, image.format or "PNG"
-            factor = max(1, min(size) // tall) if tall else 1  # the height, also of a line on its side
-            if kind == "JPEG":
-                pages = max(factor, 2 if size[0] * size[1] > MAX_PIXELS else 1)
-                image.draft(None, (size[0] // pages, size[1] // pages))
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"{size[0]} x {size[1]} pixels")
-            turn = image.getexif().get(0x0112, 1)
-            coloured, profile = in_profile(ImageOps.exif_transpose(image) if turn > 1 else image)
-            rgb = to_rgb(coloured)
-    factor = max(1, min(rgb.size) // tall) if tall else 1
-    rgb = rgb.reduce(factor) if factor > 1 else rgb
-    return Picture(np.asarray(rgb), size[::-1] if turn >= 5 else size, kind, profile)
-
-
-def read_picture(path: str | os.PathLike | BinaryIO, name: str | None = None, tall: int | None = None) -> Picture:
-    """An image file, whatever its mode, of at most `MAX_PIXELS` pixels; of an animation, the first picture.
-
-    Handles EXIF rotation, transparency (over white), palettes, grey, 16 bits and CMYK. path: or an open file. name:
-    how messages call it. tall: what is at least twice as high is reduced by a whole factor.
-    Raises `ValueError` naming the file where it is missing, empty, no image, broken or too large.
-    """
-    name = str(path) if name is None else name
-    if isinstance(path, (str, os.PathLike)):
-        if not Path(path).is_file():
-            raise ValueError(f"{name}: no such file; give an image ({', '.join(SUFFIXES)}) or a folder of images")
-        if Path(path).stat().st_size == 0:
-            raise ValueError(f"{name}: the file is empty; an image is needed ({', '.join(SUFFIXES)})")
-    try:
-        return decode(path, tall)
-    except UnidentifiedImageError:
-        raise ValueError(f"{name}: not an image; allowed: {', '.join(SUFFIXES)}") from None
-    except Image.DecompressionBombError:  # Pillow has a limit as well
-        raise ValueError(f"{name}: too large; at most {MAX_PIXELS // 10**6} million pixels are unpacked") from None
-    except PermissionError:
-        raise ValueError(f"{name}: no permission to read it") from None
-    except Exception as error:  # of a broken file, a decoder may raise anything
-        said = " ".join(str(error).split())
-        raise ValueError(f"{name}: the image cannot be decoded ({said}); a complete image file is needed") from None
-
-
 def load_image(path: str | os.PathLike) -> np.ndarray:
     """An image file of one line as uint8 RGB (H, W, 3); `ValueError` naming the file for anything else.
 

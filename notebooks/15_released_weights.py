@@ -92,7 +92,7 @@ from difftsr.model import NETWORKS, DiffTSR, ModelConfig, preset
 from difftsr.mom import PublishedMoM, PublishedMoMConfig
 from difftsr.recognizer import RecognizerConfig, TransOCR
 from difftsr.tdm import PublishedTDM, PublishedTDMConfig
-from difftsr.text_lines import Alphabet
+from difftsr.text_lines import Alphabet, any_console
 from difftsr.unet import UNet, UNetConfig
 from difftsr.vae import VAE, VAEConfig
 
@@ -830,6 +830,7 @@ class ConvertConfig:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line `python -m difftsr.official`; returns the exit status: 0, or 2 where anything was wrong."""
+    any_console()
     config = tyro.cli(ConvertConfig, args=arguments, prog="python -m difftsr.official")
     try:
         model = assemble(
@@ -847,6 +848,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"note: {', '.join(lacking)} in these files; a restoration needs all of them", file=sys.stderr)
     return 0
 
+
+if __name__ == "__main__" and "__file__" in globals():
+    raise SystemExit(main())
 
 # %% [markdown]
 # A file that holds only some of the networks (kl-f4, or one training step) becomes a folder with these networks alone,

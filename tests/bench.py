@@ -20,10 +20,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+from difftsr.dataset import MAX_PIXELS
 from difftsr.evaluate import machine
 from difftsr.faster import median_seconds
 from difftsr.model import DiffTSR, preset
-from difftsr.restore import MAX_PIXELS, load_image, restore
+from difftsr.restore import load_image, restore
 from difftsr.text_lines import write_json
 
 ROOT = Path(__file__).resolve().parents[1]

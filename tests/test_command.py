@@ -15,8 +15,8 @@ from PIL import Image, ImageCms
 
 from difftsr import command, restore
 from difftsr.command import find_sources, main, printable
+from difftsr.dataset import MAX_PIXELS
 from difftsr.pages import frame
-from difftsr.restore import MAX_PIXELS
 from restore_common import coloured_line, picture, save_tiny_weights
 
 try:
@@ -131,6 +131,7 @@ def test_the_command_repeats_itself_to_the_byte_and_says_0(inputs, call, tmp_pat
         (["--weights", "nobody"], "nobody: no weights here"),
         (["--candidates", "0"], "candidates"),
         (["--page", "--text", "A"], "--text"),
+        (["--text", "A"], "--text is what one line says, and these are 2 images: name one, or leave --text out"),
         (["--mode", "no-text", "--text", "A"], "no-text"),
         (["--device", "abacus"], "abacus"),
     ],
@@ -319,7 +320,38 @@ def test_a_result_that_would_fill_the_memory_is_refused(call, tmp_path, capsys):
     Image.new("L", (8000, 2000)).save(tmp_path / "line.png")
     assert 8000 * 2000 * 16 > MAX_PIXELS
     assert call(tmp_path / "line.png", "--scale", 4) == 2
-    assert "32000 x 8000" in capsys.readouterr().err
+    assert "32000 x 8000 pixels, more than 67 million; choose --scale 2" in capsys.readouterr().err
+
+
+def test_a_page_at_600_dots_per_inch_is_told_the_scale_that_fits(call, tmp_path, capsys, monkeypatch):
+    Image.new("1", (4960, 7016)).save(tmp_path / "page.png")
+    assert call(tmp_path / "page.png", "--page") == 2
+    said = capsys.readouterr().err
+    assert "page.png: the result would have 9920 x 14032 pixels at scale 2, more than 67 million" in said
+    assert "choose --scale 1" in said
+    monkeypatch.setattr("difftsr.pages.find_lines", lambda page: [])
+    assert call(tmp_path / "page.png", "--page", "--scale", 1) == 0
+
+
+def test_a_known_text_that_cannot_stand_there_is_told_so(line, call, tmp_path, capsys):
+    line.save(tmp_path / "line.png")
+    assert call(tmp_path / "line.png", "--text", "停" * 100) == 2
+    said = capsys.readouterr().err
+    assert "line.png: the known text has 100 characters; a line of 90 x 30 pixels holds at most 54" in said
+    assert call(tmp_path / "line.png", "--text", " ") == 2 and "--text is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "gbk", "ascii", "utf-8"])
+def test_a_name_that_the_console_lacks_changes_nothing(line, weights, tmp_path, encoding):
+    """Done is done: a good picture with a Chinese and a Cyrillic name is 0, a bad one is named and 2."""
+    line.save(tmp_path / "停车場 Ж.png")
+    words = [sys.executable, "-m", "difftsr.restore", "--weights", weights, "--steps", 1, "--output", tmp_path / "出 Ж"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    for given, status in ((tmp_path / "停车場 Ж.png", 0), (tmp_path / "没有 Ж.png", 2)):
+        done = subprocess.run([*map(str, words), str(given)], cwd=ROOT, env=environment, capture_output=True)
+        assert done.returncode == status and b"Traceback" not in done.stderr, done.stderr.decode(encoding)
+    assert names(tmp_path / "出 Ж") == ["停车場 Ж.json", "停车場 Ж.png"]
+    assert "no such file" in done.stderr.decode(encoding)
 
 
 def test_a_question_mark_is_a_character_that_nobody_knows(line, call, tmp_path):
@@ -357,6 +389,8 @@ def test_the_pages_of_a_pdf_file_are_results_of_their_own(line, call, tmp_path, 
     assert names(tmp_path / "out") == ["scan-p001.json", "scan-p001.png", "scan-p002.json", "scan-p002.png"]
     assert "torn.pdf: cannot be opened as PDF" in capsys.readouterr().err
     assert call(tmp_path / "in" / "scan.pdf", "--scale", 1) == 0 and "2 skipped" in capsys.readouterr().out
+    assert call(tmp_path / "in" / "scan.pdf", "--heatmap", output=tmp_path / "other") == 2
+    assert capsys.readouterr().err.count("--heatmap, --trace, --animate and --candidates are for single lines") == 2
 
 
 # ---------------------------------------------------------------- candidates, heatmap, trace, film

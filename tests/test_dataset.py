@@ -1,5 +1,6 @@
 """Sources, pools and loaders: repeatable, resumable, shareable, and not stopped by a bad record."""
 
+import io
 import itertools
 import json
 import os
@@ -13,7 +14,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from difftsr import dataset, evaluate
 from difftsr.cleaning import align, clean, plant_faults, sharpness
 from difftsr.dataset import (
     SIZES,
@@ -26,15 +29,17 @@ from difftsr.dataset import (
     ShardBatches,
     ShardLines,
     SyntheticLines,
-    decode_image,
     make_loader,
     open_source,
     read_index,
+    read_line,
     to_float,
     write_lmdb,
     write_shards,
 )
 from difftsr.degradation import DegradationConfig
+from difftsr.restore import load_image
+from difftsr.restorers import RestorerConfig, labelled, make_restorer
 from difftsr.sets import RESERVED_FAMILIES, SAMPLES, STEPS, checksums, evaluation_pairs, write_evaluation_sets
 from difftsr.text_lines import (
     MAX_LENGTH,
@@ -298,7 +303,7 @@ def test_pairs_keep_their_own_low_resolution_side(alphabet):
     assert len(pairs) == len(SAMPLES) == 12
     for i, row in enumerate(read_table(folder / "labels.tsv")):
         line = pairs.line(i)
-        assert np.array_equal(line.lr, decode_image((folder / "lr" / row["file"]).read_bytes()))
+        assert np.array_equal(line.lr, read_line((folder / "lr" / row["file"]).read_bytes(), row["file"]))
         assert line.text == row["text"] and line.hr.shape[0] == 128 and line.lr.shape[0] <= 128
         assert abs(line.hr.shape[1] / 128 - line.lr.shape[1] / line.lr.shape[0]) < 0.1  # the same ratio
         assert is_reserved(row["text"]) and is_reserved_face(row["font"])
@@ -393,7 +398,7 @@ def test_evaluation_sets_can_be_written_again(tmp_path, monkeypatch):
         for side in ("hr", "lr"):
             file = row["hr" if side == "hr" else "file"]
             new, old = (root / "dev" / side / file for root in (tmp_path / "eval", data_folder() / "eval"))
-            difference = np.abs(decode_image(new.read_bytes()).astype(int) - decode_image(old.read_bytes()))
+            difference = np.abs(read_line(new.read_bytes(), "new").astype(int) - read_line(old.read_bytes(), "old"))
             assert difference.mean() < 0.5, (side, file)  # not to the bit: another FreeType draws a little otherwise
 
 
@@ -440,14 +445,14 @@ def test_planted_faults_are_found(alphabet, fonts, tmp_path, seed):
     told = json.loads((tmp_path / "index.json").read_text(encoding="utf-8"))
     assert told["dropped"] == report.counts and sum(told["histograms"]["length"]["counts"]) == len(report.kept)
     for name in ("index_dropped.png", "index_histograms.png"):
-        assert decode_image((tmp_path / name).read_bytes()).std() > 5
+        assert read_line((tmp_path / name).read_bytes(), name).std() > 5
 
 
 def test_cleaning_an_lmdb_names_the_record_itself(ctr, alphabet, tmp_path):
     put(ctr, image_000000002=b"no picture")
     report = clean(LmdbLines(ctr, alphabet, SIZE), tmp_path / "index.tsv", progress=False)
     assert report.rows[1]["reason"] == "unreadable" and 1 not in report.kept
-    assert set(read_index(tmp_path / "index.tsv")) == set(report.kept)
+    assert {row.record for row in read_index(tmp_path / "index.tsv")} == set(report.kept)
 
 
 def test_index_refusals(pool, ctr, alphabet, tmp_path):
@@ -458,6 +463,208 @@ def test_index_refusals(pool, ctr, alphabet, tmp_path):
         read_index(tmp_path / "missing.tsv")
     with pytest.raises(ValueError, match=".tsv"):
         clean(LmdbLines(ctr, alphabet, SIZE), tmp_path / "index.json")
+
+
+# One reader of pictures, one of labels
+
+
+def stored_as(image: Image.Image, how: str) -> bytes:
+    """A file that shows the image, stored as phones, scanners and drawing programs do."""
+    buffer, exif = io.BytesIO(), Image.Exif()
+    if how.startswith("turned"):
+        turn = {"turned 3": Image.Transpose.ROTATE_180, "turned 6": Image.Transpose.ROTATE_90,
+                "turned 8": Image.Transpose.ROTATE_270}[how]  # fmt: skip
+        exif[0x0112] = int(how[-1])
+        image.transpose(turn).save(buffer, "PNG", exif=exif)
+    elif how == "16 bits":
+        Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(buffer, "PNG")
+    elif how == "transparent":
+        clear = Image.new("RGBA", image.size)  # black everywhere, and the line in the transparency
+        clear.putalpha(Image.fromarray(255 - np.asarray(image.convert("L"))))
+        clear.save(buffer, "PNG")
+    elif how == "palette":
+        image.convert("L").convert("P").save(buffer, "GIF")
+    elif how == "CMYK":
+        image.convert("CMYK").save(buffer, "TIFF")
+    else:
+        image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+KINDS = ["plain", "turned 3", "turned 6", "turned 8", "16 bits", "transparent", "palette", "CMYK"]
+
+
+@pytest.mark.parametrize("how", KINDS)
+def test_training_cleaning_evaluation_and_restoring_see_the_same_picture(how, alphabet, fonts, tmp_path):
+    """The picture as a person sees it, whoever asks."""
+    shown = Image.fromarray(synthetic(alphabet, fonts, seed=5).line(0).hr).convert("L").convert("RGB")
+    for side in ("hr", "lr"):
+        (tmp_path / side).mkdir()
+        (tmp_path / side / "a.png").write_bytes(stored_as(shown, how))
+    (tmp_path / "labels.tsv").write_text("file\ttext\na.png\t停车\n", encoding="utf-8")
+    write = {b"num-samples": b"1", b"label-000000001": "停车".encode(), b"image-000000001": stored_as(shown, how)}
+    lmdb = pytest.importorskip("lmdb")
+    with lmdb.open(str(tmp_path / "lmdb"), map_size=2**24) as environment, environment.begin(write=True) as transaction:
+        for key, value in write.items():
+            transaction.put(key, value)
+    pair = PairFolder(tmp_path, alphabet, SIZE).line(0)
+    (line,) = labelled(tmp_path)
+    seen = {
+        "training, sharp": pair.hr, "training, spoiled": pair.lr,
+        "training, LMDB": LmdbLines(tmp_path / "lmdb", alphabet, SIZE).line(0).hr,
+        "evaluation": line.image, "evaluation, sharp": line.target, "restoring": load_image(tmp_path / "lr" / "a.png"),
+        "a folder of results": np.asarray(make_restorer(f"folder:{tmp_path / 'lr'}", RestorerConfig()).run(line)),
+    }  # fmt: skip
+    for who, pixels in seen.items():
+        assert pixels.shape == (shown.height, shown.width, 3), who
+        assert np.abs(pixels.astype(int) - np.asarray(shown)).max() <= 1, who
+
+
+SAVED = ["bom", "windows", "commas", "capitals", "blank", "utf-16", "path", "backslashes", "csv"]
+
+
+@pytest.mark.parametrize("how", SAVED)
+def test_labels_as_people_save_them_train_and_are_evaluated_alike(how, alphabet, tmp_path):
+    shutil.copytree(data_folder() / "samples", tmp_path / "s")
+    table, name = (tmp_path / "s" / "labels.tsv").read_text(encoding="utf-8"), "labels.tsv"
+    want = [row["text"] for row in read_table(tmp_path / "s" / "labels.tsv")]
+    (tmp_path / "s" / "labels.tsv").unlink()
+    encoding = {"bom": "utf-8-sig", "utf-16": "utf-16"}.get(how, "utf-8")
+    if how == "windows":
+        table = table.replace("\n", "\r\n")
+    if how in ("commas", "csv"):
+        table, name = table.replace("\t", ","), "labels.csv" if how == "csv" else name
+    if how == "capitals":
+        table = table.replace("file\ttext", "File\tText")
+    if how == "blank":
+        table = table.replace("\n", "\n \t\n\n")
+    if how == "path":
+        table = table.replace("file\ttext", "path\ttext")
+    if how == "backslashes":
+        (tmp_path / "s" / "lr" / "in").mkdir()
+        (tmp_path / "s" / "hr" / "in").mkdir()
+        for side in ("lr", "hr"):
+            for file in list((tmp_path / "s" / side).glob("*.*")):
+                file.rename(file.parent / "in" / file.name)
+        table = "".join(row if row.startswith("file") else f"in\\{row}" for row in table.splitlines(keepends=True))
+    (tmp_path / "s" / name).write_bytes(table.encode(encoding))
+    pairs = PairFolder(tmp_path / "s", alphabet, SIZE)
+    assert [pairs.line(i).text for i in range(12)] == want and not pairs.errors
+    lines = labelled(tmp_path / "s")
+    assert [line.truth for line in lines] == want and all(line.sharp for line in lines)
+
+
+@pytest.mark.parametrize("how", ["gbk", "extra", "nameless"])
+def test_labels_that_cannot_be_understood_are_refused_by_file_and_row(how, tmp_path, capsys):
+    shutil.copytree(data_folder() / "samples", tmp_path / "s")
+    table = (tmp_path / "s" / "labels.tsv").read_text(encoding="utf-8")
+    content, reason = {
+        "gbk": (table.encode("gbk"), "labels.tsv, row 2: its bytes are no UTF-8"),
+        "extra": (table.replace("\tmild\n", "\tmild\tnote\n", 1).encode(), "row 2: 6 cells under 5 columns"),
+        "nameless": (table.replace("file\t", "name\t").encode(), "labels.tsv, row 1: no column file"),
+    }[how]  # fmt: skip
+    (tmp_path / "s" / "labels.tsv").write_bytes(content)
+    assert dataset.main(["--clean", f"pairs:{tmp_path / 's'}", "--output", str(tmp_path / "i.tsv")]) == 2
+    first = capsys.readouterr().err.splitlines()
+    assert evaluate.main(["--set", str(tmp_path / "s"), "--output", str(tmp_path / "out")]) == 2
+    for said in (first, capsys.readouterr().err.splitlines()):
+        assert len(said) == 1 and reason in said[0] and "allowed: UTF-8" in said[0]
+
+
+def test_labels_of_an_lmdb_that_are_no_utf_8_are_refused_counted_and_named(ctr, source, alphabet, tmp_path, capsys):
+    put(ctr, label_000000002="停车".encode("gbk"))
+    lines = LmdbLines(ctr, alphabet, SIZE)
+    with pytest.warns(UserWarning, match="record 2 left out: its label is no UTF-8"):
+        texts = [lines.line(i).text for i in range(6)]
+    assert texts[1] == texts[2] and set(lines.errors) == {1}
+    assert clean(lines, tmp_path / "i.tsv", progress=False).counts["label not UTF-8"] == 1
+    other = shutil.copytree(ctr, tmp_path / "other")
+    put(other, **{f"label_{i:09d}": "停车".encode("gbk") for i in range(1, 5)})
+    assert dataset.main(["--clean", f"lmdb:{other}", "--output", str(tmp_path / "i.tsv")]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "4 of 6 labels looked at are no UTF-8, that of record 1 first" in said and str(other) in said
+
+
+def test_an_lmdb_of_textzoom_holds_pairs(alphabet, source, tmp_path):
+    lmdb = pytest.importorskip("lmdb")
+    lines = [source.line(i) for i in range(3)]
+    with lmdb.open(str(tmp_path / "tz"), map_size=2**24) as environment, environment.begin(write=True) as transaction:
+        transaction.put(b"num-samples", b"3")
+        for k, line in enumerate(lines, 1):
+            transaction.put(b"label-%09d" % k, line.text.encode())
+            transaction.put(b"image_hr-%09d" % k, cv2.imencode(".png", line.hr[..., ::-1])[1].tobytes())
+            transaction.put(b"image_lr-%09d" % k, cv2.imencode(".png", line.hr[::2, ::2, ::-1])[1].tobytes())
+    found = LmdbLines(tmp_path / "tz", alphabet, SIZE)
+    for i, line in enumerate(lines):
+        read = found.line(i)
+        assert read.text == line.text and (read.hr == line.hr).all() and (read.lr == line.hr[::2, ::2]).all()
+    assert not found.errors
+
+
+def test_an_lmdb_of_another_layout_is_told_by_its_keys(alphabet, tmp_path):
+    lmdb = pytest.importorskip("lmdb")
+    with lmdb.open(str(tmp_path / "l")) as environment, environment.begin(write=True) as transaction:
+        for key in (b"num-samples", b"img-1", b"txt-1"):
+            transaction.put(key, b"1")
+    with pytest.raises(ValueError, match="its first keys are img-1, num-samples, txt-1; allowed: num-samples, label-0"):
+        LmdbLines(tmp_path / "l", alphabet, SIZE)
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "data.mdb").write_bytes(b"no database " * 1000)
+    with pytest.raises(ValueError, match="words is no LMDB, or a damaged one"):
+        LmdbLines(tmp_path / "words", alphabet, SIZE)
+
+
+# An index
+
+
+@pytest.fixture
+def indexed(tmp_path, alphabet):
+    """A copy of the sample pairs, and an index of the records 2, 5 and 7 of it."""
+    shutil.copytree(data_folder() / "samples", tmp_path / "s")
+    clean(PairFolder(tmp_path / "s", alphabet, SIZES["classroom"]), tmp_path / "all.tsv", progress=False)
+    head, *rows = (tmp_path / "all.tsv").read_text(encoding="utf-8").splitlines()
+    chosen = [row for row in rows if row.split("\t")[0] in ("2", "5", "7")]
+    (tmp_path / "index.tsv").write_text("\n".join([head, *chosen]) + "\n", encoding="utf-8")
+    assert len(chosen) == 3
+    return tmp_path / "s", tmp_path / "index.tsv"
+
+
+def test_an_index_is_refused_once_its_labels_have_moved(indexed, alphabet):
+    folder, index = indexed
+    head, *rows = (folder / "labels.tsv").read_text(encoding="utf-8").splitlines()
+    (folder / "labels.tsv").write_text("\n".join([head, rows[0], *rows]) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="index.tsv no longer fits .*: record 2 says .*3 of 3 differ.*--clean"):
+        open_source(f"pairs:{folder}@{index}", alphabet, SIZE)
+
+
+def test_a_picture_that_is_another_one_than_in_the_index_is_left_out(indexed, alphabet):
+    folder, index = indexed
+    files = [row["file"] for row in read_table(folder / "labels.tsv")]
+    shutil.copy(folder / "lr" / files[0], folder / "lr" / files[5])
+    chosen = open_source(f"pairs:{folder}@{index}", alphabet, SIZE)
+    with pytest.warns(UserWarning, match="record 6 left out: it is another picture than when its index was made"):
+        chosen.line(1)
+
+
+def test_what_stands_in_for_a_bad_record_is_within_the_index(indexed, alphabet):
+    folder, index = indexed
+    rows = read_table(folder / "labels.tsv")
+    allowed = {rows[k]["text"] for k in (2, 5, 7)}
+    chosen = open_source(f"pairs:{folder}@{index}", alphabet, SIZE)
+    (folder / "lr" / rows[7]["file"]).unlink()
+    (folder / "hr" / rows[2]["file"]).write_bytes(b"no picture")
+    with pytest.warns(UserWarning, match="record (3|8) left out"):
+        seen = {chosen[i]["text"] for i in range(3)}
+    assert seen == {rows[5]["text"]} < allowed
+
+
+def test_a_path_may_hold_an_at(indexed, alphabet):
+    folder, index = indexed
+    there = folder.rename(folder.with_name("me@home"))
+    assert len(open_source(f"pairs:{there}", alphabet, SIZE)) == 12
+    assert len(open_source(f"pairs:{there}@{index}", alphabet, SIZE)) == 3
+    with pytest.raises(ValueError, match="nobody: there is no labels.tsv"):
+        open_source("pairs:nobody@home", alphabet, SIZE)
 
 
 # Writers and shards

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from difftsr.dataset import MAX_PIXELS
 from difftsr.model import DiffTSR
 from difftsr.pages import (
     PageLine,
@@ -30,7 +31,7 @@ from difftsr.pages import (
     spans_of,
     why_left_alone,
 )
-from difftsr.restore import MAX_PIXELS, restore
+from difftsr.restore import restore
 from difftsr.text_lines import Alphabet, find_fonts, package_font_folders
 from restore_common import save_tiny_weights
 

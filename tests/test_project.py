@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -625,3 +626,131 @@ def test_ci_names_the_reference_only_where_it_lies_beside_the_project(beside: bo
     environment["PATH"] = f"{tools}:{environment['PATH']}"
     result = subprocess.run([project / ".ci" / "run"], env=environment, capture_output=True, text=True)
     assert result.stdout.split() == ["test", str(tmp_path / "shared") if beside else "none"]
+
+
+# Commands that texts print
+
+TEXTS = [
+    ROOT / "README.md", ROOT / "README.zh.md", ROOT / "Makefile", *sorted(ROOT.glob("data/weights/*/README.md")),
+    *sorted(ROOT.glob("data/weights/*/*.sh")), *sorted((ROOT / "notebooks").glob("*.md")),
+    *sorted((ROOT / "notebooks").glob("*.py")),
+]  # fmt: skip
+PROGRAM = re.compile(
+    r"(?:python3?|\$\(PY\)|accelerate launch[^\n`]*?) (?:-m (?P<module>difftsr\.\w+)|(?P<script>tests/\w+\.py))"
+    r"|(?P<console>difftsr-restore)(?= )"
+)
+SPOKEN = re.compile(r"\\\n[#\s]*")  # a command goes on in the next line
+ENDS = re.compile(r"  +#|`|$|；|，|\s[|>&]|\)\"|\"\)|\$\(", re.MULTILINE)
+
+
+def printed_commands() -> list[tuple[str, list[str], bool, str]]:
+    """(program, words, whether it stands on a line of its own, where) of every command that a text prints."""
+    found = {}
+    for path in TEXTS:
+        text = SPOKEN.sub(" ", path.read_text(encoding="utf-8"))
+        for match in PROGRAM.finditer(text):
+            before = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
+            rest = text[match.end() : ENDS.search(text, match.end()).start()]
+            alone = not before.strip("# \t") or (path.name == "12d_command.py" and before.strip().startswith("- "))
+            try:
+                words = shlex.split(rest)
+            except ValueError:  # prose with an apostrophe
+                words, alone = rest.split(), False
+            program = match["module"] or match["script"] or "difftsr.restore"
+            found.setdefault((program, tuple(words), alone), path.name)
+    return [(program, list(words), alone, where) for (program, words, alone), where in found.items()]
+
+
+PRINTED = printed_commands()
+MODULES = sorted({program for program, *_ in PRINTED if program.startswith("difftsr.")})
+SCRIPTS = sorted({program for program, *_ in PRINTED if program.startswith("tests/")})
+PARSE = """
+import json, runpy, sys
+import tyro
+
+def only_parsed(kind, args=None, prog=None, **more):
+    parsed(kind, args=args, prog=prog, **more)
+    raise SystemExit(77)
+
+parsed, tyro.cli = tyro.cli, only_parsed
+module, commands = sys.argv[1], json.loads(sys.argv[2])
+for words in commands:
+    sys.argv = [module, *words]
+    try:
+        runpy.run_module(module, run_name="__main__")
+        print(json.dumps([words, "ended without a word"]))
+    except SystemExit as end:
+        if end.code != 77:
+            print(json.dumps([words, end.code]))
+"""
+
+
+def started(*words: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
+    """A command in a fresh process that finds this project from any folder."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **variables}
+    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, timeout=300)
+
+
+def test_the_texts_print_the_commands_that_there_are() -> None:
+    """The list below is made out of the texts: it must find what everybody can see in them."""
+    assert {"difftsr.restore", "difftsr.train", "difftsr.official", "difftsr.evaluate", "difftsr.dataset"} <= {*MODULES}
+    assert {"difftsr.text_lines", "difftsr.certainty", "difftsr.faster"} <= {*MODULES} and "tests/bench.py" in SCRIPTS
+    assert ["DiffTSR.ckpt", "--output", "weights/paper", "--alphabet", "A.txt", "--recognizer", "transocr.pth"] in [
+        words for program, words, alone, where in PRINTED if program == "difftsr.official" and alone
+    ]
+    assert sum(alone for _, _, alone, _ in PRINTED) >= 30
+
+
+@pytest.mark.parametrize("program", MODULES)
+def test_every_printed_command_starts_and_takes_its_words(program: str) -> None:
+    """`--help` says something and names every option that a text mentions; whole command lines are understood."""
+    told = started(sys.executable, "-m", program, "--help", PYTHONIOENCODING="ascii")
+    help_text = told.stdout.decode("ascii")
+    assert told.returncode == 0 and len(help_text) > 200, told.stderr.decode()
+    for _, words, _, where in (printed for printed in PRINTED if printed[0] == program):
+        for word in (word.rstrip(".,:;\"'") for word in words if re.match(r"--[a-z]", word)):
+            assert re.search(rf"{re.escape(word)}\b", help_text), f"{where}: {program} {' '.join(words)}: no {word}"
+    whole = [words for name, words, alone, _ in PRINTED if name == program and alone]
+    done = started(sys.executable, "-c", PARSE, program, json.dumps(whole))
+    assert done.returncode == 0 and not done.stdout, done.stdout.decode() + done.stderr.decode()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_printed_script_says_what_it_is_for(script: str) -> None:
+    told = started(sys.executable, script, "--help")
+    assert told.returncode == 0 and len(told.stdout) > 80, told.stderr.decode()
+
+
+REAL = {  # printed commands whose inputs are not there end at once: 2, and one line that says what is missing
+    "difftsr.official": "DiffTSR.ckpt: no such file", "difftsr.restore": "line.png: no such file",
+    "difftsr.dataset": "ctr does not exist", "difftsr.evaluate": "out/test: no report",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", REAL)
+def test_a_printed_command_without_its_inputs_says_what_is_missing(program: str, tmp_path: Path) -> None:
+    asked = {"difftsr.restore": "ppocr", "difftsr.dataset": "--clean", "difftsr.evaluate": "--compare"}
+    words = next(words for name, words, alone, _ in PRINTED
+                 if name == program and alone and asked.get(program, "transocr.pth") in words)  # fmt: skip
+    done = started(sys.executable, "-m", program, *words, cwd=tmp_path, PYTHONIOENCODING="cp1252")
+    said = [row for row in done.stderr.decode("cp1252").splitlines() if "restoring" not in row]
+    assert done.returncode == 2 and len(said) == 1 and REAL[program] in said[0], done.stderr.decode("cp1252")
+
+
+def test_every_target_of_make_that_a_text_names_is_there() -> None:
+    texts = "\n".join(path.read_text(encoding="utf-8") for path in TEXTS if path.suffix == ".md")
+    targets = set(re.findall(r"(?:^|`)make ([a-z]+)", texts, re.MULTILINE))
+    rules = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert len(targets) >= 8 and targets <= rules
+    told = started("make", "help")
+    assert told.returncode == 0 and all(f"make {target}" in told.stdout.decode() for target in targets)
+
+
+def test_a_checkout_on_windows_keeps_the_bytes(tmp_path: Path) -> None:
+    """With core.autocrlf, as Git for Windows sets it, a text file would get other line ends, and other checksums."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("no clone")
+    files = ["data/eval/SHA256SUMS", "data/eval/dev/labels.tsv", "data/eval/texts.tsv", "Makefile", "README.md"]
+    words = ["git", "-c", "core.autocrlf=true", "checkout-index", f"--prefix={tmp_path}/", *files]
+    assert subprocess.run(words, cwd=ROOT, capture_output=True).returncode == 0
+    assert not [name for name in files if b"\r" in (tmp_path / name).read_bytes()]

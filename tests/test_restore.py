@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms, ImageDraw, ImageFile
 
+from difftsr.dataset import read_picture, to_rgb
 from difftsr.model import DiffTSR
 from difftsr.recognizer import Reading
 from difftsr.restore import (
@@ -18,11 +19,9 @@ from difftsr.restore import (
     line_to_canvas,
     load_image,
     ppocr_reading,
-    read_picture,
     restore,
     restore_batch,
     spread_places,
-    to_rgb,
 )
 from difftsr.sampling import sample
 from difftsr.text_lines import PAD, UNK, UNKNOWN, Alphabet, find_fonts, package_font_folders
