@@ -95,7 +95,7 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 from difftsr.dataset import SIZES, PairFolder, SyntheticLines, open_source
 from difftsr.text_lines import find_fonts, package_font_folders
 
-set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
+set_matplotlib_formats("jpeg", pil_kwargs={"quality": 60})
 
 # %%
 alphabet = Alphabet.classroom()

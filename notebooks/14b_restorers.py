@@ -105,7 +105,7 @@ import matplotlib.pyplot as plt
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 from PIL import ImageFilter
 
-set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
+set_matplotlib_formats("jpeg", pil_kwargs={"quality": 60})
 
 # %% [markdown]
 # This lesson has no equations, but four words that mean something precise:

@@ -115,7 +115,7 @@ from difftsr.sampling import LineNoise, ddim_step, from_released, reference_time
 from difftsr.tdm import MultinomialDiffusion
 from difftsr.text_lines import data_folder
 
-set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
+set_matplotlib_formats("jpeg", pil_kwargs={"quality": 60})
 torch.manual_seed(0)
 scratch = Path(tempfile.mkdtemp())
 

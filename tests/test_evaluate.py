@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from scipy import linalg
 
-from difftsr import ablations, scores
+from difftsr import ablations, restorers, scores
 from difftsr.evaluate import DemoRow, EvaluateConfig, demo_lines, evaluate, main, mean_scores, read_set
 from difftsr.measures import (
     PPOCR,
@@ -230,7 +230,10 @@ def test_the_demo_runs_in_a_fresh_process_and_survives_a_bad_image(tmp_path):
     DiffTSR(preset("tiny")).save(tmp_path / "weights")
     (tmp_path / "broken.png").write_bytes(b"not an image")
     command = [sys.executable, "-m", "difftsr.evaluate", "--demo", "broken.png", "--weights", "weights"]
-    done = subprocess.run([*command, "--output", "out", "--steps", "1"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--output", "out", "--steps", "1"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"}, encoding="cp1252",  # a console without Chinese
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "broken.png" in done.stderr and "mean NED" in done.stdout
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
@@ -347,6 +350,71 @@ def test_what_is_in_the_cache_is_neither_restored_nor_measured_again(place, repo
     again = evaluate(settings(place, output=place / "again"))
     assert again == report
     assert (place / "calls.txt").read_text(encoding="utf-8").split() == calls
+
+
+@pytest.mark.parametrize(
+    "module, restored, measured",
+    [("certainty", True, False), ("dataset", True, False), ("idm", True, False), ("text_lines", True, True),
+     ("scores", False, True), ("measures", False, True), ("vae", True, True), ("report", False, False),
+     ("evaluate", False, False), ("command", False, False)],
+)  # fmt: skip
+def test_a_change_of_code_asks_for_new_figures_where_it_decides_them(module, restored, measured, tmp_path, monkeypatch):
+    """What is kept under the name of other code is not served: the name follows from what is imported."""
+
+    def identities() -> tuple[str, str]:
+        asked = (("restore", ("evaluate",)), ("scores", ("restorers",)))  # as lessons 14b and 14c ask
+        return tuple(restorers.code_identity.__wrapped__(name, without) for name, without in asked)
+
+    package = shutil.copytree(ROOT / "difftsr", tmp_path / "difftsr")
+    monkeypatch.setattr(restorers.measures, "__file__", str(package / "measures.py"))
+    before = identities()
+    with (package / f"{module}.py").open("a", encoding="utf-8") as file:
+        file.write("CHANGED = 1\n")
+    after = identities()
+    assert [a != b for a, b in zip(before, after)] == [restored, measured]
+
+
+def test_another_version_of_a_package_asks_for_new_figures(monkeypatch):
+    before = restorers.code_identity.__wrapped__("scores", ("restorers",))
+    true_version = restorers.importlib.metadata.version
+    monkeypatch.setattr(restorers.importlib.metadata, "version", lambda name: true_version(name) + ".1")
+    assert restorers.code_identity.__wrapped__("scores", ("restorers",)) != before
+
+
+def test_imports_are_found_wherever_they_stand():
+    source = b"""
+import os, torch.nn
+from .vae import VAE
+from difftsr import measures
+from difftsr.gate import (
+    gate,
+)
+def work():
+    from rapidocr import RapidOCR
+def main():
+    from difftsr.command import main
+"""
+    assert restorers.imported(source) == {
+        "os", "torch.nn", "difftsr.vae", "difftsr.measures", "difftsr.gate", "rapidocr"
+    }  # fmt: skip
+
+
+def test_the_demo_computes_where_it_is_told(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("difftsr.evaluate.JUDGES", {"v6": lambda: None})
+    monkeypatch.setattr(DiffTSR, "from_pretrained", lambda name, device: asked.append(device) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["--demo", "--device", "cuda:7", "--output", str(tmp_path)])
+    assert asked == ["cuda:7"]
+
+
+def test_a_label_that_is_empty_is_left_out_and_said(tmp_path, capsys):
+    Image.new("RGB", (80, 20)).save(tmp_path / "a.png")
+    Image.new("RGB", (80, 20)).save(tmp_path / "b.png")
+    (tmp_path / "labels.tsv").write_text("file\ttext\na.png\t \nb.png\tEXIT\n", encoding="utf-8")
+    lines, refused = read_set(EvaluateConfig(set=str(tmp_path)))
+    assert [line.name for line in lines] == ["b.png"] and refused == ["a.png"]
+    assert "a.png: its label is empty" in capsys.readouterr().err
 
 
 def test_a_run_killed_and_taken_up_equals_one_that_ran_through(place, report):
