@@ -198,7 +198,7 @@ honest = [17.2, 18.9, 16.5, 19.8, 18.1, 17.7, 20.3, 16.9, 18.4, 19.2]
 spoiled = [*honest[:-1], PSNR_TOP]  # the last "degraded" line is the sharp one
 for name, values in (("ten pairs", honest), ("one of them wrong", spoiled)):
     mean, low, high = bootstrap(values)
-    print(f"{name:18s} mean {mean:.1f} in [{low:.1f}, {high:.1f}], median {np.median(values):.1f} dB")
+    print(f"{name:18s} mean {mean:.2f} in [{low:.2f}, {high:.2f}], median {np.median(values):.2f} dB")
 
 # %% [markdown]
 # Eight decibels out of one bad record. The wide interval is the only sign. In this project
