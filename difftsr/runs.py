@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'save_checkpoint', 'write_state', 'checkpoints', 'remove_unfinished', 'newest_checkpoint', 'Every',
-           'average', 'record', 'versions', 'commit', 'hardware', 'read_card', 'write_card', 'draw_curves',
+           'average', 'record', 'versions', 'commit', 'hardware', 'read_card', 'write_card', 'set_aside', 'draw_curves',
            'draw_stage', 'Sheet', 'make_sheet', 'texts_of', 'draw_sheet', 'caption_fonts', 'caption_font', 'Board']
 
 # %% ../notebooks/12e_runs.ipynb #b6d311b2
@@ -169,6 +169,30 @@ def write_card(run: Path, stage: str, about: dict) -> None:
     """Put `about`, what there is to say of a stage, into the run's card, run.json; other stages stay."""
     stages = read_card(run) if (run / "run.json").exists() else {}
     write_json(run / "run.json", {"stages": {**stages, stage: about}})
+
+# %% ../notebooks/12e_runs.ipynb #86e92d4b
+def set_aside(run: Path, stage: str) -> Path | None:
+    """Keep what an earlier run of this stage left in a run's folder in `earlier/NUMBER`; None where there was none.
+
+    Its checkpoints and sheets are moved; weights, card and curves are copied.
+    """
+    written = run / "checkpoints" / stage
+    if not checkpoints(written):
+        return None
+    place = run / "earlier" / str(1 + len(list((run / "earlier").glob("*"))))
+    unfinished = place.with_name(f"{place.name}.unfinished")
+    for kind in ("checkpoints", "sheets"):
+        (unfinished / kind).mkdir(parents=True)
+    if (run / "weights").is_dir():
+        shutil.copytree(run / "weights", unfinished / "weights")
+    for file in (run / "run.json", run / "report.png"):
+        if file.is_file():
+            shutil.copy2(file, unfinished)
+    for sheet in (run / "sheets").glob(f"{stage}-*.png"):
+        sheet.rename(unfinished / "sheets" / sheet.name)
+    written.rename(unfinished / "checkpoints" / stage)
+    unfinished.rename(place)
+    return place
 
 # %% ../notebooks/12e_runs.ipynb #3912803f
 def draw_curves(runs: Iterable[Path], path: Path) -> Path:

@@ -52,12 +52,13 @@ from difftsr.runs import (
     record,
     remove_unfinished,
     save_checkpoint,
+    set_aside,
     versions,
     write_card,
     write_state,
 )
 from .tdm import TDMStage, TDMTraining
-from .text_lines import write_json
+from .text_lines import any_console, write_json
 from .vae import VAEStage, VAETraining
 
 # %% ../notebooks/13_training.ipynb #314643d9
@@ -97,7 +98,7 @@ class TrainConfig:
     init: str | None = None  # weights to start from: a name or a folder (no optimizer state)
     alphabet: Path | None = None  # the published table of characters (UTF-8), for "paper"; default: that of --init
     prediction: Prediction | None = None  # idm from nothing: what the U-Net predicts; default from the preset
-    resume: bool = False  # go on from the newest checkpoint of this stage in the output folder
+    resume: bool = False  # go on from the newest checkpoint of this stage in the output folder; else it is kept aside
     checkpoint_every: int | str = 500  # steps, or minutes ("10min"), between checkpoints
     keep: int = 2  # newest checkpoints that are kept
     validation: str | None = None  # lines that are not trained on, named like --data; their loss is watched
@@ -556,6 +557,8 @@ class Trainer:
 
     def fit(self) -> dict:
         """Train to the end of the run, from wherever it stands; save the averaged weights. Returns the history."""
+        if self.main and self.step == 0 and not self.config.resume and (earlier := set_aside(self.run, self.name)):
+            self.say(f"{self.name}: {self.run} held a run of this stage; it is kept in {earlier} (--resume goes on)")
         self.say(describe(self))
         started, self.told_at, self.told_step = time.monotonic() - self.seconds, time.monotonic(), self.step
         self.look_due.last = self.checkpoint_due.last = self.seconds
@@ -827,6 +830,7 @@ def launch(config: TrainConfig, processes: int = 1) -> None:
 # %% ../notebooks/13_training.ipynb #1c981d8a
 def main(arguments: list[str] | None = None) -> int:
     """`python -m difftsr.train`: train stages, or draw a report. Returns the exit status."""
+    any_console()
     config = tyro.cli(TrainConfig, args=arguments, prog="python -m difftsr.train")
     try:
         if config.report:

@@ -15,8 +15,8 @@
 #
 # **What you will build.** The *record* that every stage of training is fed with, and a common base for all sources of
 # records. Five sources: synthetic lines, a pool of lines on disk, an LMDB laid out like the CTR data set, a folder of
-# real pairs, shards for sets larger than a disk. And `make_loader`: endless batches that can be resumed at any number
-# and shared by many processes.
+# real pairs, shards for sets larger than a disk. One reader for any picture file, one for any table of labels. And
+# `make_loader`: endless batches that can be resumed at any number and shared by many processes.
 #
 # **What you will understand.** Why "item *i* is a pure function of (seed, *i*)" is worth a little trouble; the rules of
 # the method's authors, and what happens to a record that breaks them; how a fault is kept from hiding; when it pays to

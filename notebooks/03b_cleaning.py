@@ -659,7 +659,10 @@ _ = plt.axis("off")
 # ## 6. The index
 #
 # It goes behind the source's name: `lmdb:PATH@INDEX.tsv` and `pairs:PATH@INDEX.tsv` train on the good records alone.
-# The same rules for your own set, from a terminal:
+# An index holds what it names: the text of every record, and a digest of its bytes. If somebody adds a row to the labels
+# later, all numbers after it mean other records: such an index is refused when it is opened. A picture that was exchanged
+# is left out when it is read, and what stands in for it is another record of the index, never one that the cleaning
+# dropped. The same rules for your own set, from a terminal:
 #
 # ```bash
 # python -m difftsr.dataset --clean pairs:FOLDER --output index.tsv

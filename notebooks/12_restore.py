@@ -613,7 +613,7 @@ if __name__ == "__main__" and "__file__" in globals():
 # 1. Why does the result have the ratio of the input although every line is restored on the same canvas?
 # 2. A line of 300 pixels in height was put back by the gate. Where does its picture come from?
 # 3. Restoring a line alone and in a batch gives the same picture. What has to be true of the random numbers?
-# 4. What does a bomb of 40,000 x 40,000 white pixels cost us?
+# 4. What does a bomb of 40,000 x 40,000 white pixels cost us (lesson 03)?
 #
 # <details><summary>Answers</summary>
 #

@@ -100,7 +100,7 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 from difftsr.dataset import PairFolder, make_loader
 from difftsr.model import NETWORKS, has_weights, preset
 
-set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
+set_matplotlib_formats("jpeg", pil_kwargs={"quality": 60})
 
 # %% [markdown]
 # | symbol | name in code | shape, range | meaning |
@@ -407,6 +407,45 @@ write_card(folder / "run", "idm", {"steps": 50})
 card = read_card(folder / "run")
 print({stage: sorted(about) for stage, about in card.items()})
 assert card["vae"]["steps"] == 100 and "python" in card["vae"]["versions"]
+
+
+# %% [markdown]
+# A folder may be given to a second run by mistake, or because the recipe says so. Then the checkpoints of both must not
+# lie side by side, of which `--resume` would take the highest number, whoever wrote it. What the earlier run left is set
+# aside whole; its weights stay in place as well, for the stage may start from them.
+
+# %%
+#| export
+def set_aside(run: Path, stage: str) -> Path | None:
+    """Keep what an earlier run of this stage left in a run's folder in `earlier/NUMBER`; None where there was none.
+
+    Its checkpoints and sheets are moved; weights, card and curves are copied.
+    """
+    written = run / "checkpoints" / stage
+    if not checkpoints(written):
+        return None
+    place = run / "earlier" / str(1 + len(list((run / "earlier").glob("*"))))
+    unfinished = place.with_name(f"{place.name}.unfinished")
+    for kind in ("checkpoints", "sheets"):
+        (unfinished / kind).mkdir(parents=True)
+    if (run / "weights").is_dir():
+        shutil.copytree(run / "weights", unfinished / "weights")
+    for file in (run / "run.json", run / "report.png"):
+        if file.is_file():
+            shutil.copy2(file, unfinished)
+    for sheet in (run / "sheets").glob(f"{stage}-*.png"):
+        sheet.rename(unfinished / "sheets" / sheet.name)
+    written.rename(unfinished / "checkpoints" / stage)
+    unfinished.rename(place)
+    return place
+
+
+# %%
+(folder / "run" / "checkpoints" / "vae").mkdir(parents=True)
+(folder / "run" / "checkpoints" / "vae" / "step-00000100.pt").touch()
+place = set_aside(folder / "run", "vae")
+print(sorted(path.relative_to(folder / "run").as_posix() for path in place.rglob("*") if path.is_file()))
+assert set_aside(folder / "run", "vae") is None and not checkpoints(folder / "run" / "checkpoints" / "vae")
 
 
 # %% [markdown]

@@ -93,7 +93,7 @@ from difftsr.model import DiffTSR
 from difftsr.restore import line_to_canvas
 from difftsr.text_lines import LineRenderer, find_fonts
 
-set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
+set_matplotlib_formats("jpeg", pil_kwargs={"quality": 60})
 
 
 # %% [markdown]

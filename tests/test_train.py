@@ -150,6 +150,24 @@ def test_a_run_learns_from_every_kind_of_data(sets, tmp_path, monkeypatch, data)
     assert read_card(tmp_path)["recognizer"]["history"]["loss"][-1] > 0
 
 
+def test_a_second_run_in_a_folder_sets_the_first_aside_whole(tmp_path):
+    """Nothing of the first is lost or mixed in: it lies in earlier/1, and --resume goes on with the second."""
+    first = TrainConfig("recognizer", output=tmp_path, steps=6, bar=False, **TINY)
+    train_stage(first, "recognizer")
+    a, weights = newest(tmp_path, "recognizer"), (tmp_path / "weights" / "recognizer.safetensors").read_bytes()
+    second = replace(first, steps=2, seed=first.seed + 1)
+    train_stage(second, "recognizer")
+    kept = tmp_path / "earlier" / "1"
+    assert newest(kept, "recognizer")["step"] == 6 and newest(tmp_path, "recognizer")["step"] == 2
+    assert torch.equal(*(next(iter(s["ema"]["recognizer"].values())) for s in (a, newest(kept, "recognizer"))))
+    assert (kept / "weights" / "recognizer.safetensors").read_bytes() == weights
+    assert (tmp_path / "weights" / "recognizer.safetensors").read_bytes() != weights
+    assert read_card(kept)["recognizer"]["config"]["seed"] == first.seed
+    assert read_card(tmp_path)["recognizer"]["config"]["seed"] == second.seed
+    train_stage(replace(second, steps=4, resume=True), "recognizer")
+    assert newest(tmp_path, "recognizer")["step"] == 4 and len(list((tmp_path / "earlier").iterdir())) == 1
+
+
 def test_the_card_counts_epochs(sets, tmp_path):
     """Three steps of two shares of four lines meet each of the eight lines of a pool three times."""
     config = TrainConfig("recognizer", output=tmp_path, data=f"pool:{sets / 'pool'}", steps=3, accumulate=2, **TINY)
