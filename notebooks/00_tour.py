@@ -344,6 +344,7 @@ BOXES = [  # module, lesson, what the box says; left, bottom and width in the un
     ("", "", "bad line", 0.15, 2.1, 0.95),
     ("vae", "04", "VAE encoder", 1.45, 2.8, 1.4),
     ("recognizer", "05", "recogniser", 1.45, 1.4, 1.4),
+    ("second_reader", "05b", "2nd reader", 0.0, 1.4, 1.3),
     ("sampling", "11", "sampling", 3.4, 3.37, 1.1),
     ("few_steps", "11c", "few steps", 4.6, 3.37, 1.2),
     ("faster", "16", "faster", 5.9, 3.37, 0.95),

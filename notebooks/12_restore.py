@@ -86,6 +86,7 @@ from difftsr.degradation import to_canvas
 from difftsr.gate import GateConfig, Verdict, gate, same_light
 from difftsr.model import DiffTSR
 from difftsr.recognizer import Reading
+from difftsr.second_reader import combined, second_reading
 from difftsr.sampling import Mode, Sample, Step, sample, with_text
 from difftsr.text_lines import MAX_LENGTH, PAD, UNK, Alphabet
 
@@ -288,7 +289,7 @@ assert pixels.shape == (128, 384, 3) and (pixels == [200, 0, 0]).all()  # red st
 
 # %%
 #| export
-Reader = Literal["own", "ppocr"]  # who reads the input first
+Reader = Literal["own", "ppocr", "both"]  # who reads the input first
 
 
 @lru_cache(maxsize=1)
@@ -420,7 +421,11 @@ def restore_batch(
     own = reading = None  # released weights read inside their own loop
     if not reference:
         own = model.recognizer.read(lr)
-        reading = own if reader == "own" else ppocr_reading(arrays, model.alphabet).to(device)
+        reading = own
+        if reader == "ppocr":
+            reading = ppocr_reading(arrays, model.alphabet).to(device)
+        elif reader == "both":
+            reading = combined(own.to("cpu"), second_reading(arrays, model.alphabet)).to(device)
         reading.features = own.features  # the text diffusion looks at the columns of our own recogniser
     heat = settings.pop("temperature", None)
     again = 1.0 if heat is None and model.config.temperature == 0 else heat  # a second attempt must differ
@@ -531,8 +536,8 @@ def restore(
     text: what the line says, where it is known (at most 24 characters; those outside the alphabet are restored from
     the image alone). height: of the result, in pixels; 128 by default, or that of a line that has more. trace: keep
     every z_t and c_t. do_no_harm: let the gate of lesson 11b put the input back where the restored line reads worse or
-    does not match it (not with a known text). reader: who reads the input first, "own" or "ppocr" (PP-OCRv6 small,
-    from the package rapidocr). Further settings go to `sample`.
+    does not match it (not with a known text). reader: who reads the input first, "own", "ppocr" (PP-OCRv6 small,
+    from the package rapidocr), or "both", our own and PP-OCRv5 together (lesson 05b). Further settings go to `sample`.
     The same seed gives the same bytes on the same machine, with the same versions and as many threads. Raises
     `ValueError` for what is no line of text.
     """
