@@ -25,8 +25,8 @@ from .degradation import to_canvas
 from .gate import GateConfig, Verdict, gate, same_light
 from .model import DiffTSR
 from .recognizer import Reading
-from .second_reader import combined, second_reading
 from .sampling import Mode, Sample, Step, sample, with_text
+from .second_reader import combined, second_reading
 from .text_lines import MAX_LENGTH, PAD, UNK, Alphabet
 
 # %% ../notebooks/12_restore.ipynb #a6796925

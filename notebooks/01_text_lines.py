@@ -437,7 +437,7 @@ assert not is_reserved_face("Noto Sans SC", "NotoSansSC-Regular.otf")
 # ### Where faces come from
 #
 # Two pinned packages, installed with the project, bring Noto Sans SC, Noto Serif SC and WenQuanYi Micro Hei. Lessons
-# and tests use nothing else, so that every machine draws the same pictures. Training takes whatever it finds: these,
+# and tests use nothing else, so that every machine draws with the same faces. Training takes whatever it finds: these,
 # further packages, the folders named in the environment variable `DIFFTSR_FONTS`, and the system's fonts. `python -m
 # difftsr.text_lines --fonts` lists them all.
 #

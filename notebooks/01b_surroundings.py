@@ -811,7 +811,8 @@ def world_line(index: int) -> RenderedLine:
 
 plt.figure(figsize=(10, 5))
 plt.imshow(contact_sheet([world_line(index).image for index in range(40)], columns=4, height=64))
-plt.axis("off");
+plt.axis("off")
+plt.show()
 
 # %% [markdown]
 # ## 4. What a reader makes of it

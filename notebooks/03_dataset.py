@@ -374,7 +374,7 @@ class SyntheticLines(LineSource):
 
 # %%
 alphabet = Alphabet.classroom()
-fonts = find_fonts(package_font_folders())  # the pinned faces: the same pictures on every machine
+fonts = find_fonts(package_font_folders())  # the pinned faces, the same on every machine
 synthetic = SyntheticLines(alphabet, SIZES["classroom"], length=1000, seed=3, fonts=fonts, words="builtin")
 record = synthetic[8]
 print(record["text"], record["tokens"][:8].tolist(), [round(float(c), 2) for c in record["centers"][:8]])

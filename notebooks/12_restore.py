@@ -86,8 +86,8 @@ from difftsr.degradation import to_canvas
 from difftsr.gate import GateConfig, Verdict, gate, same_light
 from difftsr.model import DiffTSR
 from difftsr.recognizer import Reading
-from difftsr.second_reader import combined, second_reading
 from difftsr.sampling import Mode, Sample, Step, sample, with_text
+from difftsr.second_reader import combined, second_reading
 from difftsr.text_lines import MAX_LENGTH, PAD, UNK, Alphabet
 
 # %%

@@ -369,7 +369,7 @@ def test_the_text_diffusion_never_replaces_what_the_alphabet_lacks(monkeypatch):
 
 def test_two_readers_begin_with_what_they_agree_on(monkeypatch):
     """What the second reader is sure of reaches the text diffusion, and our own features stay."""
-    model, (text, page) = DiffTSR.from_pretrained("classroom"), traditional_lines()[0]
+    model, (_, page) = DiffTSR.from_pretrained("classroom"), traditional_lines()[0]
     told = Reading.of(model.alphabet.encode_batch(["老街茶庄"]), prob=0.999)
     monkeypatch.setattr("difftsr.restore.second_reading", lambda images, alphabet: told)
     result = restore_batch(model, [page], reader="both", do_no_harm=False)[0]
