@@ -305,7 +305,118 @@ else:
 # - A second reader is read through its probabilities, not through its text.
 # - Edit distance says which characters speak of the same place; beliefs are added there.
 # - A reader of the judges' family needs a judge of another family beside it.
+
+# %% [markdown]
+# ## Exercises
 #
+# The same tasks without solutions: [exercises/05b_second_reader.ipynb](../exercises/05b_second_reader.ipynb), and [how
+# they work](00b_exercises.ipynb). Words and symbols: [GLOSSARY.md](GLOSSARY.md).
+
+# %%
+import numpy as np
+
+import difftsr.second_reader as lesson
+from difftsr.exercises import check, near
+
+
+# %% [markdown]
+# ### 1 · Why CTC needs a blank · ●○○ easy
+#
+# You have the likeliest class of every column, 0 being the blank. Return the text as a list of classes. Predict first:
+# what do the columns of "AA" look like, and what would they read as without a blank?
+#
+# <details><summary>Hint</summary>
+#
+# A class counts where it is not 0 and differs from the column before.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def spelled(best: list[int]) -> list[int]:
+    """The classes that greedy CTC reads."""
+    ### BEGIN SOLUTION
+    ### STUB: return [k for k in best if k]
+    return [k for place, k in enumerate(best) if k and (place == 0 or best[place - 1] != k)]
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check({
+    "a class over three columns is one character": lambda: spelled([0, 5, 5, 5, 0]) == [5],
+    "the same character twice has a blank between": lambda: spelled([5, 5, 0, 5]) == [5, 5],
+    "two different ones need none": lambda: spelled([5, 7]) == [5, 7],
+    "nothing but blanks is no text": lambda: spelled([0, 0, 0]) == [],
+    "the lesson reads the same": lambda: spelled([3, 3, 0, 2, 2, 4]) == [
+        [3, 3, 0, 2, 2, 4][column] for column, _, _ in lesson.runs(np.eye(6)[[3, 3, 0, 2, 2, 4]])],
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 2 · Two beliefs, one place · ●○○ easy
+#
+# Two readers believe in characters with some probability each. Return the beliefs of both, added up with `share` for
+# the first and the rest for the second, as a dictionary.
+#
+# <details><summary>Hint</summary>
+#
+# Go through the union of the keys; `first.get(character, 0.0)`.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def added(first: dict[str, float], second: dict[str, float], share: float) -> dict[str, float]:
+    """What both believe together."""
+    ### BEGIN SOLUTION
+    ### STUB: return first | second
+    return {c: share * first.get(c, 0.0) + (1 - share) * second.get(c, 0.0) for c in first.keys() | second.keys()}
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+doubt = added({"醉": 0.4, "酔": 0.35}, {"酔": 0.5, "醒": 0.3}, 0.5)
+check({
+    "who is alone with a belief loses half of it": lambda: near(doubt["醉"], 0.2) and near(doubt["醒"], 0.15),
+    "what both think of wins, though it was first for only one": lambda: max(doubt, key=doubt.get) == "酔",
+    "a share of 1 is the first reader alone": lambda: near(added({"A": 0.7}, {"B": 0.9}, 1.0)["A"], 0.7),
+    "and of 0 the second": lambda: near(added({"A": 0.7}, {"B": 0.9}, 0.0)["B"], 0.9),
+})  # fmt: skip
+
+
+# %% [markdown]
+# ### 3 · How much of what could be won · ●●○ medium
+#
+# An oracle that took the better text of every line would win something over the better reader. Given the scores of two
+# readers and of their combination line by line, return which part of that win the combination makes. It may be over 1:
+# why can a combination beat the oracle of whole texts?
+#
+# <details><summary>Hint</summary>
+#
+# `np.maximum`, and three means. Two readers that never help each other leave nothing to win: return 0 then.
+#
+# </details>
+
+# %% tags=["solution", "hide-input"]
+def won(first: np.ndarray, second: np.ndarray, both: np.ndarray) -> float:
+    """Part of the oracle's win over the better reader that the combination makes."""
+    ### BEGIN SOLUTION
+    ### STUB: return float(both.mean() - first.mean())
+    better = max(first.mean(), second.mean())
+    possible = np.maximum(first, second).mean() - better
+    return float((both.mean() - better) / possible) if possible > 0 else 0.0
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+one, two = np.array([1.0, 0.2, 0.8]), np.array([0.6, 0.9, 0.1])
+check({
+    "the oracle itself wins all": lambda: near(won(one, two, np.maximum(one, two)), 1.0),
+    "the better reader wins nothing": lambda: near(won(one, two, one), 0.0),
+    "the worse one loses": lambda: won(one, two, two) < 0,
+    "letters from both may beat every text": lambda: won(one, two, np.ones(3)) > 1,
+    "where nothing can be won": lambda: won(one, one, one) == 0.0,
+})  # fmt: skip
+
+# %% [markdown]
 # ## References
 #
 # - Cui et al., *PaddleOCR 3.0 Technical Report*, 2025 (arXiv 2507.05595): PP-OCRv5.
