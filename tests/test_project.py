@@ -662,7 +662,7 @@ def printed_commands() -> list[tuple[str, list[str], bool, str]]:
 
 
 PRINTED = printed_commands()
-MODULES = sorted({program for program, *_ in PRINTED if program.startswith("difftsr.")})
+PROGRAMS = sorted({program for program, *_ in PRINTED if program.startswith("difftsr.")})
 SCRIPTS = sorted({program for program, *_ in PRINTED if program.startswith("tests/")})
 PARSE = """
 import json, runpy, sys
@@ -693,15 +693,15 @@ def started(*words: str, cwd: Path = ROOT, **variables: str) -> subprocess.Compl
 
 def test_the_texts_print_the_commands_that_there_are() -> None:
     """The list below is made out of the texts: it must find what everybody can see in them."""
-    assert {"difftsr.restore", "difftsr.train", "difftsr.official", "difftsr.evaluate", "difftsr.dataset"} <= {*MODULES}
-    assert {"difftsr.text_lines", "difftsr.certainty", "difftsr.faster"} <= {*MODULES} and "tests/bench.py" in SCRIPTS
+    assert {"difftsr.restore", "difftsr.train", "difftsr.official", "difftsr.evaluate", "difftsr.dataset"} <= {*PROGRAMS}
+    assert {"difftsr.text_lines", "difftsr.certainty", "difftsr.faster"} <= {*PROGRAMS} and "tests/bench.py" in SCRIPTS
     assert ["DiffTSR.ckpt", "--output", "weights/paper", "--alphabet", "A.txt", "--recognizer", "transocr.pth"] in [
         words for program, words, alone, where in PRINTED if program == "difftsr.official" and alone
     ]
     assert sum(alone for _, _, alone, _ in PRINTED) >= 30
 
 
-@pytest.mark.parametrize("program", MODULES)
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_every_printed_command_starts_and_takes_its_words(program: str) -> None:
     """`--help` says something and names every option that a text mentions; whole command lines are understood."""
     told = started(sys.executable, "-m", program, "--help", PYTHONIOENCODING="ascii")
