@@ -8,8 +8,8 @@ __all__ = ['PAD', 'UNK', 'UNKNOWN', 'MAX_LENGTH', 'ASCII', 'PUNCTUATION', 'TEXT_
            'is_reserved_face', 'is_fit', 'package_font_folders', 'font_folders', 'written_whole', 'write_atomically',
            'write_json', 'find_fonts', 'data_folder', 'read_phrases', 'read_table', 'reserved_texts', 'is_reserved',
            'latin_words', 'PhraseSampler', 'draw_mask', 'LineStyle', 'luminance', 'draw_colors', 'Looks', 'draw_style',
-           'place', 'photographs', 'cut_photograph', 'paint_ground', 'paint_ink', 'paint_light', 'compose', 'band_of',
-           'sagged', 'bend', 'RenderedLine', 'LineRenderer', 'contact_sheet', 'glyph_bitmaps', 'print_fonts',
+           'place', 'ellipse', 'photographs', 'cut_photograph', 'paint_ground', 'paint_ink', 'paint_light', 'compose',
+           'band_of', 'sagged', 'bend', 'RenderedLine', 'LineRenderer', 'contact_sheet', 'glyph_bitmaps', 'print_fonts',
            'any_console', 'main']
 
 # %% ../notebooks/01_text_lines.ipynb #fc4862af
@@ -805,7 +805,8 @@ def _shrink_wide(mask: np.ndarray, source: np.ndarray, corners: np.ndarray) -> t
     return mask, source * [shrunk, 1, shrunk, 1], shrunk
 
 # %% ../notebooks/01_text_lines.ipynb #7897084b
-def _ellipse(radius: int) -> np.ndarray:
+def ellipse(radius: int) -> np.ndarray:
+    """The round structuring element by which OpenCV grows or thins strokes, `radius` pixels to each side."""
     return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
 
 
@@ -986,7 +987,7 @@ class LineRenderer:
         mask, boxes, rows = draw_mask(text, style.font, style.spacing)
         ends = boxes[:, 0].min(), boxes[:, 2].max()
         along = np.linspace(*ends, 33)
-        edges = [row + sagged(along, ends, style.curve) * bool(style.curve) for row in rows]
+        edges = [row + sagged(along, ends, style.curve) for row in rows]
         if style.curve:
             mask, boxes, rows = bend(mask, boxes, rows, style.curve)
         grow = style.bold + style.outline
@@ -994,9 +995,9 @@ class LineRenderer:
         width, corners = place(source, style)
         mask, source, shrunk = _shrink_wide(mask, source, corners)
         warp = cv2.getPerspectiveTransform(np.float32(source[[[0, 1], [2, 1], [2, 3], [0, 3]]]), corners)
-        layers = {"text": cv2.dilate(mask, _ellipse(style.bold)) if style.bold else mask}
+        layers = {"text": cv2.dilate(mask, ellipse(style.bold)) if style.bold else mask}
         if style.outline:
-            layers["outline"] = cv2.dilate(layers["text"], _ellipse(style.outline))
+            layers["outline"] = cv2.dilate(layers["text"], ellipse(style.outline))
         layers = {name: cv2.warpPerspective(layer, warp, (width, HEIGHT)) for name, layer in layers.items()}
         image = compose(layers, style, rng)
         edges = [np.float32(np.stack([along * shrunk, edge], 1)[None]) for edge in edges]

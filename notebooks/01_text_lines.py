@@ -1280,7 +1280,8 @@ def _shrink_wide(mask: np.ndarray, source: np.ndarray, corners: np.ndarray) -> t
 
 # %%
 #| export
-def _ellipse(radius: int) -> np.ndarray:
+def ellipse(radius: int) -> np.ndarray:
+    """The round structuring element by which OpenCV grows or thins strokes, `radius` pixels to each side."""
     return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
 
 
@@ -1383,7 +1384,7 @@ looks = {
 }
 fig, axes = plt.subplots(2, 2, figsize=(9, 2.6))
 for axis, (name, look) in zip(axes.flat, looks.items(), strict=True):
-    fat = cv2.dilate(ink, _ellipse(look.outline)) if look.outline else ink
+    fat = cv2.dilate(ink, ellipse(look.outline)) if look.outline else ink
     axis.imshow(compose({"text": ink, "outline": fat}, look, np.random.default_rng(2)))
     axis.set_title(name, fontsize=8)
     axis.axis("off")
@@ -1487,7 +1488,7 @@ class LineRenderer:
         mask, boxes, rows = draw_mask(text, style.font, style.spacing)
         ends = boxes[:, 0].min(), boxes[:, 2].max()
         along = np.linspace(*ends, 33)
-        edges = [row + sagged(along, ends, style.curve) * bool(style.curve) for row in rows]
+        edges = [row + sagged(along, ends, style.curve) for row in rows]
         if style.curve:
             mask, boxes, rows = bend(mask, boxes, rows, style.curve)
         grow = style.bold + style.outline
@@ -1495,9 +1496,9 @@ class LineRenderer:
         width, corners = place(source, style)
         mask, source, shrunk = _shrink_wide(mask, source, corners)
         warp = cv2.getPerspectiveTransform(np.float32(source[[[0, 1], [2, 1], [2, 3], [0, 3]]]), corners)
-        layers = {"text": cv2.dilate(mask, _ellipse(style.bold)) if style.bold else mask}
+        layers = {"text": cv2.dilate(mask, ellipse(style.bold)) if style.bold else mask}
         if style.outline:
-            layers["outline"] = cv2.dilate(layers["text"], _ellipse(style.outline))
+            layers["outline"] = cv2.dilate(layers["text"], ellipse(style.outline))
         layers = {name: cv2.warpPerspective(layer, warp, (width, HEIGHT)) for name, layer in layers.items()}
         image = compose(layers, style, rng)
         edges = [np.float32(np.stack([along * shrunk, edge], 1)[None]) for edge in edges]

@@ -91,6 +91,7 @@ from difftsr.text_lines import (
     cut_photograph,
     draw_mask,
     draw_style,
+    ellipse,
     gb2312,
     luminance,
     paint_ground,
@@ -403,10 +404,6 @@ def _scaled(mask: np.ndarray, scale: float | tuple[float, float]) -> np.ndarray:
     return cv2.resize(mask, size, interpolation=cv2.INTER_AREA if down < 1 else cv2.INTER_LINEAR)
 
 
-def _ellipse(radius: int) -> np.ndarray:
-    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
-
-
 class SceneRenderer(LineRenderer):
     """Renders texts in random styles *and surroundings*. All randomness comes from the generator that it is given."""
 
@@ -469,10 +466,10 @@ class SceneRenderer(LineRenderer):
         extent = height * (1 + 2 * REACH), right - left + 2 * REACH * height
         shape = tuple(math.ceil(length * scale) for length in extent)
         planes = {"text": np.zeros(shape, np.uint8)}
-        text = cv2.dilate(mask, _ellipse(style.bold)) if style.bold else mask
+        text = cv2.dilate(mask, ellipse(style.bold)) if style.bold else mask
         _paste(planes["text"], _scaled(text, scale), -origin[0] * scale, -origin[1] * scale)
         if style.outline:
-            outline = cv2.dilate(text, _ellipse(style.outline))
+            outline = cv2.dilate(text, ellipse(style.outline))
             planes["outline"] = np.zeros(shape, np.uint8)
             _paste(planes["outline"], _scaled(outline, scale), -origin[0] * scale, -origin[1] * scale)
         own = text[math.floor(top) : math.ceil(bottom), math.floor(left) : math.ceil(right)]
@@ -607,7 +604,7 @@ def _before_ink(image: np.ndarray, layers: dict[str, np.ndarray], style: LineSty
         tint = np.float32(style.color) * 0.6 + np.float32(rng.uniform(60, 255, 3)) * 0.4
         _cover(image, halo, tint, rng.uniform(0.5, 1.0))
     if scene.effect == "neon":
-        inner = cv2.erode(text, _ellipse(2))
+        inner = cv2.erode(text, ellipse(2))
         return {**layers, "text": cv2.subtract(text, cv2.convertScaleAbs(inner, alpha=0.7))}
     if scene.effect == "relief":
         heights = cv2.GaussianBlur(text, (0, 0), rng.uniform(1.5, 3)).astype(np.float32)
@@ -679,7 +676,7 @@ def paint_scene(
     image = paint_ground(*size, style, rng)
     if scene.scenery:
         image += cut_photograph(scene.scenery, size, 60.0, rng)
-        veil = cv2.GaussianBlur(cv2.dilate(layers["text"], _ellipse(6)), (0, 0), 6)  # or nobody could read it
+        veil = cv2.GaussianBlur(cv2.dilate(layers["text"], ellipse(6)), (0, 0), 6)  # or nobody could read it
         _cover(image, veil, style.background, 0.7)
     if "plate" in layers:
         _cover(image, 255 - layers["plate"], scene.beyond_color)

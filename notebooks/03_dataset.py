@@ -216,8 +216,8 @@ class LineSource(Dataset):
 
     A record is `dict(hr, lr, text, tokens, centers, band, origin)`: two canvases `(H, W, 3)` uint8 RGB, the classes
     `(24,)` and the centres `(24,)` of the characters as shares of the width, and the band `(16, 2)` in which the line
-    runs as shares of the height, -1 where there is none. Record `index` with
-    degradation number `draw` is a pure function of (seed, index, draw).
+    runs as shares of the height, -1 where there is none. Record `index` with degradation number `draw` is a pure
+    function of (seed, index, draw).
     """
 
     def __init__(
@@ -352,8 +352,10 @@ class SyntheticLines(LineSource):
         super().__init__(alphabet, size, degradation=degradation, identity=identity, seed=seed)
         self.length = length
         fonts = find_fonts() if fonts is None else fonts
-        around = {} if surroundings is None else {"surroundings": surroundings}
-        self.renderer = (SceneRenderer if around else LineRenderer)(fonts, looks=looks, **around)
+        if surroundings is None:
+            self.renderer = LineRenderer(fonts, looks=looks)
+        else:
+            self.renderer = SceneRenderer(fonts, looks=looks, surroundings=surroundings)
         self.sampler = PhraseSampler(alphabet, words=words, rare_share=rare_share, latin_share=latin_share)
 
     def __len__(self) -> int:
