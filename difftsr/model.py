@@ -170,7 +170,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 def fill_network(network: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
     """Copy tensors into a network, strictly but for the shared glyphs; `ValueError` naming the file and the key."""
     own = network.state_dict()
-    neutral = getattr(network, "begins_neutral", ())  # parts that change nothing before they are trained
+    new_parts = getattr(network, "begins_neutral", ())  # weights of before may lack them, but only as a whole
+    neutral = tuple(part for part in new_parts if not any(key.startswith(part) for key in tensors))
     missing = [key for key in own if key not in tensors and not is_glyphs(key) and not key.startswith(neutral)]
     unknown = [key for key in tensors if key not in own]
     shapes = [key for key in tensors if key in own and tensors[key].shape != own[key].shape]

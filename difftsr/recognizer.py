@@ -492,7 +492,7 @@ class TransOCR(nn.Module):
     It holds batch norms: use it in `eval()` mode except where it is trained.
     """
 
-    begins_neutral = ("finder.",)  # weights of before it was there may come without
+    begins_neutral = ("finder.",)  # before it is trained it sees the whole picture: older weights may come without
 
     def __init__(self, config: RecognizerConfig, glyphs: Tensor | None = None):
         super().__init__()

@@ -326,11 +326,16 @@ def take_alphabets(model: DiffTSR, config: TrainConfig, sources: list[Path], sta
 
 # %% ../notebooks/13_training.ipynb #d8ba6dd2
 def starting_config(config: TrainConfig, stage: str, sources: list[Path]):
-    """The preset's settings, with what belongs to the weights of the image diffusion that will be used.
+    """The preset's settings, with what belongs to the weights that will be used.
 
-    That is what the U-Net predicts, and how a restoration with it goes (steps, temperature, the gate's limit).
+    Of the image diffusion that is what the U-Net predicts, and how a restoration with it goes (steps, temperature, the
+    gate's limit); of a recogniser that is not trained here, whether it finds the line before it reads.
     """
     chosen = preset(config.preset)
+    reader = next((folder for folder in sources if (folder / "recognizer.safetensors").exists()), None)
+    if reader is not None and stage != "recognizer":
+        found, *_ = read_config(reader / CONFIG)
+        chosen = replace(chosen, recognizer=replace(chosen.recognizer, finder=found.recognizer.finder))
     kept = sources[:1] if stage != "idm" else [weights_folder(config.init)] if config.init else []
     if kept and (kept[0] / "idm.safetensors").exists():
         found, *_ = read_config(kept[0] / CONFIG)

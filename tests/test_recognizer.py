@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,8 +13,10 @@ from PIL import Image
 from torch.nn import functional as F
 
 from difftsr.recognizer import (
+    VIEW_MARGIN,
     CharacterCounter,
     CharacterEmbedding,
+    LineFinder,
     PositionCode,
     Reading,
     RecognizerConfig,
@@ -24,8 +27,11 @@ from difftsr.recognizer import (
     at_centers,
     corrupted,
     ctc_loss,
+    find_loss,
     look_loss,
     pack_bits,
+    partly_told,
+    straightened,
     unpack_bits,
 )
 from difftsr.text_lines import PAD, UNK, Alphabet
@@ -451,3 +457,79 @@ def test_published_predictor_reads_the_recorded_tokens():
         assert reading.best[line, :count].equal(expected[:count])
         assert (reading.best[line, count:] == network.config.end).all()
         assert_close(reading.confidence[line, :count], probs[:count], name="probabilities")
+
+
+# ---------------------------------------------------------------- the finder
+
+
+def striped(top: float, bottom: float, slope: float = 0.0) -> torch.Tensor:
+    """A picture (1, 3, 128, 512), black but for a white band whose edges fall by `slope` from left to right."""
+    y, x = torch.meshgrid((torch.arange(128) + 0.5) / 128, (torch.arange(512) + 0.5) / 512, indexing="ij")
+    white = (y > top + slope * x) & (y < bottom + slope * x)
+    return (2.0 * white - 1).expand(1, 3, -1, -1)
+
+
+def test_a_new_finder_sees_the_whole_picture_and_older_weights_read_on():
+    torch.manual_seed(0)
+    finder = LineFinder(8).eval()
+    view = finder(torch.rand(2, 3, 128, 512) * 2 - 1)
+    assert view.shape == (2, 16, 2)
+    torch.testing.assert_close(view, torch.tensor([0.0, 1.0]).expand(2, 16, 2))
+    smooth = torch.nn.functional.interpolate(torch.rand(2, 3, 8, 16), (128, 512), mode="bicubic")
+    small = torch.nn.functional.interpolate(smooth, (32, 256), mode="bilinear", antialias=True)
+    torch.testing.assert_close(straightened(smooth, view, (32, 256)), small, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.3, -0.2])
+def test_a_slanted_band_fills_the_height_when_it_is_straightened(slope):
+    places = (torch.arange(16) + 0.5) / 16
+    top = 0.3 + slope * places
+    view = torch.stack([top, top + 0.3], -1)[None]
+    seen = straightened(striped(0.3, 0.6, slope), view, (32, 256))
+    assert seen.shape == (1, 3, 32, 256)
+    inner = seen[..., 2:-2, 10:-10]  # beyond the first and the last place the edges run level
+    assert inner.min() > 0.9
+    outside = straightened(striped(0.3, 0.6, slope), view - 0.3, (32, 256))
+    assert outside[..., 2:-2, 10:-10].max() < -0.9
+
+
+def test_the_finder_is_told_off_in_heights_of_the_line_and_only_where_it_is_known():
+    band = torch.full((2, 16, 2), -1.0)
+    band[0, 4:12] = torch.tensor([0.4, 0.6])
+    wanted = torch.tensor([0.4 - VIEW_MARGIN * 0.2, 0.6 + VIEW_MARGIN * 0.2]).expand(2, 16, 2)
+    assert find_loss(wanted, band).item() == pytest.approx(0, abs=1e-6)
+    assert find_loss(wanted + 0.1, band).item() == pytest.approx(0.5, abs=1e-5)
+    far = wanted.clone()
+    far[1], far[0, :4] = 9, 9  # nothing is known there
+    assert find_loss(far, band).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_what_is_told_goes_on_level_beyond_the_ends_and_unknown_lines_are_left():
+    band = torch.full((3, 16, 2), -1.0)
+    band[0, 4:12, 0], band[0, 4:12, 1] = torch.linspace(0.2, 0.4, 8), torch.linspace(0.5, 0.7, 8)
+    band[1] = torch.tensor([0.1, 0.9])
+    view = torch.zeros(3, 16, 2)
+    told = partly_told(view, band, 1.0, torch.Generator().manual_seed(0))
+    assert torch.equal(told[0, :4], told[0, 4].expand(4, 2)) and torch.equal(told[0, 12:], told[0, 11].expand(4, 2))
+    assert (told[0, :, 1] - told[0, :, 0]).min() > 0.2
+    assert torch.equal(told[2], view[2])
+    assert torch.equal(partly_told(view, band, 0.0, torch.Generator().manual_seed(0)), view)
+
+
+def test_the_reading_teaches_the_finder_and_a_known_band_does():
+    torch.manual_seed(0)
+    config = replace(RecognizerConfig.tiny(), finder=8)
+    model = SimpleNamespace(recognizer=TransOCR(config))
+    batch = {
+        "lr": torch.rand(4, 3, 32, 128) * 2 - 1, "hr": torch.rand(4, 3, 32, 128) * 2 - 1,
+        "tokens": torch.tensor([[3, 4, 5] + [0] * 21] * 4),
+        "centers": torch.tensor([[0.2, 0.5, 0.8] + [-1.0] * 21] * 4),
+        "band": torch.tensor([0.2, 0.8]).expand(4, 16, 2),
+    }  # fmt: skip
+    stage = RecognizerStage(RecognizerTraining(told=0.0), model)
+    for band, names in ((batch["band"], True), (torch.full((4, 16, 2), -1.0), False)):
+        model.recognizer.zero_grad()
+        ((loss, _, logs),) = stage.losses(model, {**batch, "band": band}, torch.Generator().manual_seed(0))
+        loss.backward()
+        assert ("find" in logs) == names
+        assert model.recognizer.finder.edges.weight.grad.abs().sum() > 0

@@ -16,7 +16,8 @@ from PIL import Image
 from difftsr.cleaning import plant_faults
 from difftsr.dataset import SIZES, SyntheticLines
 from difftsr.dataset import main as dataset_command
-from difftsr.model import DiffTSR, preset
+from difftsr.model import DiffTSR, fill_network, preset
+from difftsr.recognizer import TransOCR
 from difftsr.runs import (
     Every,
     checkpoints,
@@ -134,6 +135,30 @@ def sets(tmp_path_factory):
         ):  # fmt: skip
             assert dataset_command([*arguments, *common]) == 0, arguments
     return folder
+
+
+def test_a_reader_that_is_not_trained_reads_as_its_weights_do(tmp_path):
+    """The preset's recogniser finds the line first. Weights of before did not, and must read on as they did."""
+    weights = DiffTSR.from_pretrained("classroom").recognizer
+    models = {
+        stage: starting_model(TrainConfig(stage, output=tmp_path, init="classroom"), stage, say=lambda _: None)
+        for stage in ("idm", "recognizer")
+    }
+    assert models["recognizer"].recognizer.config.finder > 0  # it learns to find the line
+    assert models["idm"].recognizer.config == weights.config
+    line = torch.rand(1, 3, 128, 512, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        assert torch.equal(models["idm"].recognizer.eval().features(line), weights.eval().features(line))
+
+
+def test_weights_may_lack_the_finder_but_not_a_part_of_it(tmp_path):
+    reader = TransOCR(replace(preset("tiny").recognizer, finder=4))
+    tensors = {name: value for name, value in reader.state_dict().items() if not name.endswith("glyphs")}
+    before = {name: value for name, value in tensors.items() if not name.startswith("finder.")}
+    fill_network(reader, before, tmp_path / "recognizer.safetensors")
+    del tensors["finder.edges.bias"]
+    with pytest.raises(ValueError, match="lacks 'finder.edges.bias'"):
+        fill_network(reader, tensors, tmp_path / "recognizer.safetensors")
 
 
 @pytest.mark.parametrize(
