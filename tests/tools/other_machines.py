@@ -29,6 +29,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from difftsr.text_lines import write_atomically
+
 ROOT = Path(__file__).resolve().parents[2]
 HOOK = Path(__file__).resolve().parent / "other_machine"  # its sitecustomize.py runs in every process
 STORED = ROOT / "data" / "benchmarks" / "machines.json"
@@ -188,7 +190,7 @@ def store(path: Path, name: str, machine: dict[str, str], found: Found) -> None:
     stored["runs"][key] = dict(sorted(lessons.items()))
     text = json.dumps(stored, ensure_ascii=False, indent=1)
     in_one_line = re.sub(r"\[\s+([\d,\s]+?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
-    path.write_text(in_one_line + "\n", encoding="utf-8")
+    write_atomically(path, (in_one_line + "\n").encode())
 
 
 def table(found: dict[str, Found]) -> str:
